@@ -1,0 +1,131 @@
+"""Step 1: train the TargetCNN on MNIST and record its weights after every epoch (design document, section 2.1.3).
+
+    python train_target_model.py
+
+writes checkpoints_weights_cnn/weights_epoch_0.pth (before training) up to weights_epoch_5.pth. With --runs K it records
+K trainings from K seeds instead, as checkpoints_weights_cnn/run_0001/weights_epoch_*.pth and so on.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from target_cnn import (
+    CHECKPOINTS,
+    Dataset,
+    TargetCNN,
+    UserError,
+    add_data_options,
+    checkpoint_path,
+    find_runs,
+    number,
+    option_parser,
+    output_directory,
+    recorded_epochs,
+    run_script,
+    save_file,
+    score,
+    training_and_scoring_data,
+)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Train the TargetCNN on MNIST and record its weights after every epoch.", seed=0)
+    parser.add_argument("--epochs", type=number(int, 1, 10_000), default=5, help="passes over the training images")
+    parser.add_argument("--batch-size", type=number(int, 1, 60_000), default=128, help="images per step of Adam")
+    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="learning rate of Adam")
+    parser.add_argument("--runs", type=number(int, 1, 9999), default=1, help="trainings to record, from seeds SEED on")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
+    parser.add_argument("--checkpoints", type=output_directory, default=CHECKPOINTS, help="directory to record in")
+    add_data_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    directories = run_directories(options.checkpoints, options.runs)
+    train, scored = training_and_scoring_data(options.data, options.validation, options.device)
+    use_bf16 = options.precision == "bf16" or (options.precision == "auto" and fast_bf16(options.device))
+    print(f"Using device: {options.device}, precision: {'bf16' if use_bf16 else 'fp32'}")
+
+    for run, directory in enumerate(directories):
+        if options.runs > 1:
+            print(f"Run {run + 1}/{options.runs}, seed {options.seed + run}")
+        torch.manual_seed(options.seed + run)
+        model = TargetCNN().to(options.device, memory_format=torch.channels_last)
+        adam = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
+        save_checkpoint(model, directory, 0)
+        for stale in recorded_epochs(directory)[1:]:  # of an earlier run, which must not mix with this one
+            checkpoint_path(directory, stale).unlink()
+        print_epoch(0, None, score(model, scored).accuracy_percent, 0.0, options.validation)
+        for epoch in range(1, options.epochs + 1):
+            start = time.perf_counter()
+            loss = train_epoch(model, adam, train, options.batch_size, use_bf16, f"Epoch {epoch}")
+            seconds = time.perf_counter() - start
+            save_checkpoint(model, directory, epoch)
+            print_epoch(epoch, loss, score(model, scored).accuracy_percent, seconds, options.validation)
+    print(f"Weights saved to {options.checkpoints}")
+
+
+def run_directories(directory: Path, runs: int) -> list[Path]:
+    """Where each run is recorded. Raises UserError where the other layout lies, which may be hours of work."""
+    directories = [directory] if runs == 1 else [directory / f"run_{run:04d}" for run in range(1, runs + 1)]
+    if directory.is_dir() and any(directory.iterdir()):
+        try:
+            recorded = find_runs(directory)
+        except UserError:
+            recorded = []  # nothing recorded that could be mixed up
+        if not set(recorded) <= set(directories):
+            raise UserError(f"{directory}: holds other recorded runs: delete them or choose another --checkpoints")
+    return directories
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16 faster than in fp32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def train_epoch(
+    model: TargetCNN, adam: torch.optim.Adam, data: Dataset, batch_size: int, use_bf16: bool, label: str
+) -> float:
+    """One pass over `data` in random order; the mean training loss, nats per image."""
+    model.train()
+    total = torch.zeros((), device=data.labels.device)
+    order = torch.randperm(len(data.labels)).to(data.labels.device)  # drawn on the CPU: the same on every device
+    for batch in tqdm(order.split(batch_size), desc=label, leave=False, disable=None):
+        images, labels = data[batch]
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=use_bf16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        total += loss.detach() * len(labels)
+    return (total / len(order)).item()  # waits for the device, so the caller's clock is right
+
+
+def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
+    """Save `model`'s state_dict as the weights after `epoch`. Raises UserError if they are not finite."""
+    path = checkpoint_path(directory, epoch)
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path}: not saved, training diverged to NaN or infinite weights: lower --lr")
+    save_file(path, lambda temporary: torch.save(state, temporary))
+
+
+def print_epoch(epoch: int, loss: float | None, accuracy_percent: float, seconds: float, validation: int) -> None:
+    """One line of the training's table."""
+    shown = "   --   " if loss is None else f"{loss:8.4f}"
+    accuracy = f"{'Validation' if validation else 'Test'} Accuracy = {accuracy_percent:5.2f}%"
+    print(f"Epoch {epoch:2d}: Training Loss = {shown}, {accuracy}, Time = {seconds:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
