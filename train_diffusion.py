@@ -1,0 +1,75 @@
+"""Step 2: learn to map the weights of epoch N, and N, to those of epoch N + 1 (design document, section 2.2.2).
+
+    python train_diffusion.py
+
+reads checkpoints_weights_cnn/ and writes diffusion_optimizer.pth. It trains in the span of the recorded weights, which
+`diffusion_model.SpanDiffusion` derives: the same network as dense training in these coordinates, in a second.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from diffusion_model import SpanDiffusion, save_diffusion
+from target_cnn import CHECKPOINTS, UserError, find_runs, load_run, number, option_parser, output_file, run_script
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Train the diffusion model on all consecutive pairs of recorded weights.", seed=0)
+    parser.add_argument("--epochs", type=number(int, 1, 1_000_000), default=100, help="passes over all pairs")
+    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="learning rate of Adam")
+    parser.add_argument(
+        "--shrinkage", type=number(float, 0, 1e6), default=2.0, help="weight of the squared output in the loss"
+    )
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
+    parser.add_argument(
+        "--out", type=output_file(".pth", ".pt"), default=Path("diffusion_optimizer.pth"), help="file to write"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    print(f"Using device: {options.device}")
+    runs = [load_run(directory).to(options.device) for directory in find_runs(options.checkpoints)]
+    if any(len(run) < 2 for run in runs):
+        raise UserError(f"{options.checkpoints}: one checkpoint makes no pair: run train_target_model.py for an epoch")
+    pairs = sum(len(run) - 1 for run in runs)
+    print(f"Learning from {pairs} pairs of consecutive epochs in {options.checkpoints}")
+
+    torch.manual_seed(options.seed)
+    start = time.perf_counter()
+    model = SpanDiffusion.of_runs(runs)
+    train(model, options.epochs, options.lr, options.shrinkage)
+    print(f"Trained in {time.perf_counter() - start:.2f} s")
+    save_diffusion(model.cpu(), options.out)
+    print(f"Diffusion model saved to {options.out}")
+
+
+def train(model: SpanDiffusion, epochs: int, lr: float, shrinkage: float) -> None:
+    """Full-batch Adam, printing the loss about ten times. Raises UserError if it diverges.
+
+    The loss is the mean squared error plus `shrinkage` times the mean squared output: its least value draws every
+    prediction from the recorded epoch to the mean target, by shrinkage / (1 + shrinkage) of the way.
+    """
+    adam = torch.optim.Adam(model.parameters(), lr=lr)
+    grams = model.gram_matrices()
+    for epoch in range(epochs):
+        error, output = model.losses(*grams)
+        loss = error + shrinkage * output
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:
+            print(
+                f"Epoch {epoch + 1:{len(str(epochs))}d}/{epochs}: Loss = {loss:.6f}, Squared Error = {error:.6f}",
+                flush=True,
+            )
+            if not loss.isfinite():
+                raise UserError(f"the loss is {loss.item()} after {epoch + 1} epochs, nothing saved: lower --lr")
+
+
+if __name__ == "__main__":
+    run_script(main)
