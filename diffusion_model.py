@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from target_cnn import UserError, load_file, save_file
+from target_cnn import UserError, load_file, save_tensors
 
 
 def time_network(time_dim: int) -> nn.Sequential:
@@ -174,7 +174,7 @@ def save_diffusion(model: SimpleWeightSpaceDiffusion | SpanDiffusion, path: Path
     Raises UserError if `path` cannot be written; an earlier file survives.
     """
     content = {"model": type(model).__name__, "sizes": model.sizes, "state_dict": model.state_dict()}
-    save_file(path, lambda temporary: torch.save(content, temporary))
+    save_tensors(path, content)
 
 
 def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu") -> SimpleWeightSpaceDiffusion:
@@ -185,10 +185,12 @@ def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu
     content = load_file(path, mmap=True)
     classes = {kind.__name__: kind for kind in (SimpleWeightSpaceDiffusion, SpanDiffusion)}
     try:
+        if not isinstance(content, dict):
+            raise TypeError("not a dictionary")
         with torch.device("meta"):
             model = classes[content["model"]](**content["sizes"])
         model.load_state_dict(content["state_dict"], assign=True)
-    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not a saved diffusion model: make it again with train_diffusion.py") from error
     if model.sizes["dimension"] != dimension:
         raise UserError(

@@ -359,6 +359,16 @@ def save_file(path: Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def save_tensors(path: Path, content) -> None:
+    """`torch.save` through `save_file`. The bytes depend on nothing but `content`."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as stream:  # given a path, torch.save would write its random name into the file
+            torch.save(content, stream)
+
+    save_file(path, write)
+
+
 def current_umask() -> int:
     """The umask of this process, which can only be read by setting it."""
     mask = os.umask(0)

@@ -27,7 +27,7 @@ from target_cnn import (
     output_directory,
     recorded_epochs,
     run_script,
-    save_file,
+    save_tensors,
     score,
     training_and_scoring_data,
 )
@@ -117,7 +117,7 @@ def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
     state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
     if not all(tensor.isfinite().all() for tensor in state.values()):
         raise UserError(f"{path}: not saved, training diverged to NaN or infinite weights: lower --lr")
-    save_file(path, lambda temporary: torch.save(state, temporary))
+    save_tensors(path, state)
 
 
 def print_epoch(epoch: int, loss: float | None, accuracy_percent: float, seconds: float, validation: int) -> None:

@@ -1,0 +1,50 @@
+"""What the tests share: ways to run the scripts, and one small recorded experiment."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from target_cnn import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *options, cwd: Path, **settings) -> subprocess.CompletedProcess:
+    """Run a script of the repository in `cwd`, as a user would, on the CPU."""
+    command = [sys.executable, REPOSITORY / script, *map(str, options), "--device", "cpu"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, **settings)
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Run a script's `main` in this process, expect it to refuse, and return the one line that the user would see."""
+
+    def run_main(main, *options) -> str:
+        monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, options), "--device", "cpu"])
+        with pytest.raises((UserError, SystemExit)) as caught:
+            main()
+        if isinstance(caught.value, UserError):
+            line = str(caught.value)
+        else:
+            assert caught.value.code == 2
+            line = capsys.readouterr().err.rstrip("\n")
+        assert line and "\n" not in line
+        return line
+
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def experiment(tmp_path_factory) -> Path:
+    """A directory in which two epochs were recorded and the diffusion model was trained on them. Not to be changed."""
+    directory = tmp_path_factory.mktemp("experiment")
+    for script, options in {
+        "train_target_model.py": ["--epochs", 2, "--batch-size", 512],
+        "train_diffusion.py": ["--epochs", 60],
+    }.items():
+        result = run(script, *options, cwd=directory)
+        assert result.returncode == 0, result.stderr
+        (directory / f"{script}.out").write_text(result.stdout)
+    return directory

@@ -1,0 +1,338 @@
+"""The four scripts as a user runs them: what they print and save, and how they refuse bad input."""
+
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, run
+
+import evaluate_diffusion
+import evaluate_generalization
+import train_diffusion
+import train_target_model
+from diffusion_model import SpanDiffusion, save_diffusion
+from target_cnn import Dataset, TargetCNN, UserError, checkpoint_path, load_checkpoint, load_mnist, load_run
+
+SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
+SCRIPTS = [train_target_model, train_diffusion, evaluate_generalization, evaluate_diffusion]
+
+
+def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
+    """Assert exit code 2 and exactly one line on standard error, which holds `words`."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert words in result.stderr
+
+
+def assert_png(path, width: int, height: int) -> None:
+    """Assert that `path` is a PNG picture of this size and not of one colour."""
+    from matplotlib import image
+
+    picture = image.imread(path)
+    assert picture.shape[:2] == (height, width)
+    assert picture[..., :3].std() > 0.05
+
+
+@pytest.fixture
+def checkpoints(tmp_path, experiment):
+    """A copy of the recorded checkpoints that a test may damage."""
+    return shutil.copytree(experiment / "checkpoints_weights_cnn", tmp_path / "checkpoints_weights_cnn")
+
+
+# ---- the experiment -------------------------------------------------------------------------------------------------
+
+
+def test_training_records_every_epoch(experiment):
+    printed = (experiment / "train_target_model.py.out").read_text().splitlines()
+    assert (
+        len([line for line in printed if re.match(r"Epoch  \d: Training Loss = .*Test Accuracy = .*Time = ", line)])
+        == 3
+    )
+    weights = load_run(experiment / "checkpoints_weights_cnn")
+    assert weights.shape == (3, 421_642)
+    torch.manual_seed(0)
+    fresh = torch.nn.utils.parameters_to_vector(TargetCNN().parameters())
+    assert torch.equal(weights[0], fresh.detach())  # epoch 0 is the initialisation itself
+    accuracies = [float(number) for number in re.findall(r"Accuracy =\s+([\d.]+)%", "\n".join(printed))]
+    assert accuracies[0] < 30 and min(accuracies[1:]) > 95
+
+
+def test_the_diffusion_loss_falls(experiment):
+    printed = (experiment / "train_diffusion.py.out").read_text()
+    losses = [float(number) for number in re.findall(r"Loss = ([\d.]+)", printed)]
+    assert len(losses) >= 10
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_generalization_prints_the_documents_lines(experiment, tmp_path):
+    result = run("evaluate_generalization.py", "--plot", tmp_path / "plot.png", "--steps", 3, cwd=experiment)
+    assert result.returncode == 0, result.stderr
+    expected = [
+        r"Starting evaluation of diffusion-generated checkpoints\.\.\.",
+        r"Using device: cpu",
+        r"Target CNN: flat dimension = 421642",
+        r"Diffusion model loaded from diffusion_optimizer\.pth",
+        r"Will generate a checkpoints of 3 steps\.",
+        r"Generating checkpoints with diffusion model for 3 steps\.\.\.",
+        r"Generated step 3/3",
+        r"Evaluating performance along the generated checkpoints\.\.\.",
+        rf"Step 0 \(Initial Random Weights\): {SCORE}",
+        *(rf"Generated Step {step}/3: {SCORE}" for step in (1, 2, 3)),
+        r"Evaluating performance along the original CNN training checkpoints\.\.\.",
+        *(rf"Original CNN Epoch {epoch}: {SCORE}" for epoch in (0, 1, 2)),
+        r"Warning: Original weight file checkpoints_weights_cnn/weights_epoch_3\.pth not found\. Skipping\.",
+        r"\| Generative Step +\| Model Accuracy \(%\) \| Average Loss \| Cross-Entropy per Image \|",
+        r"\| -+ \| -+ \| -+ \| -+ \|",
+        r"\| 0 \(Initial Random Weights\) \| [\d.]+% +\| [\d.]+ +\| [\d.]+ +\|",
+        *(rf"\| {step} +\| [\d.]+% +\| [\d.]+ +\| [\d.]+ +\|" for step in (1, 2, 3)),
+        r"Plotting results\.\.\.",
+        rf"Plot saved to {tmp_path}/plot\.png",
+        r"Evaluation finished\.",
+    ]
+    lines = result.stdout.splitlines()
+    positions = [next((i for i, line in enumerate(lines) if re.fullmatch(form, line)), form) for form in expected]
+    assert positions == sorted(positions, key=lambda position: (isinstance(position, str), position))
+    assert not [form for form in positions if isinstance(form, str)]
+    accuracies = [float(number) for number in re.findall(r"Generated Step .*Accuracy = ([\d.]+)%", result.stdout)]
+    assert min(accuracies) > 95
+    assert_png(tmp_path / "plot.png", 1800, 720)
+
+
+def test_comparison_with_the_recorded_run(experiment, tmp_path):
+    options = ["--plot", tmp_path / "plot.png", "--steps", 3, "--validation", 1000]
+    result = run("evaluate_diffusion.py", *options, cwd=experiment)
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        r"\| Step / Epoch \| Diffusion Model Accuracy \(%\) \| Original CNN Accuracy \(%\) \|", result.stdout
+    )
+    start = re.search(r"\| 0 \(Initial\)  \| ([\d.]+%) +\| ([\d.]+%) +\|", result.stdout)
+    assert start[1] == start[2]  # generated from the recorded epoch 0
+    assert len(re.findall(r"\| 3 +\| [\d.]+%? +\| - +\|", result.stdout)) == 2  # three steps, but two epochs
+    assert_png(tmp_path / "plot.png", 1800, 720)
+
+
+def test_the_same_seed_trains_the_same_weights():
+    data = load_mnist("train", REPOSITORY / "data")[:1000]
+
+    def train(seed):
+        torch.manual_seed(seed)
+        model = TargetCNN().to(memory_format=torch.channels_last)
+        adam = torch.optim.Adam(model.parameters(), fused=True)
+        train_target_model.train_epoch(model, adam, data, 100, train_target_model.fast_bf16(torch.device("cpu")), "")
+        return torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
+
+    first = train(1)
+    assert torch.equal(first, train(1))
+    assert not torch.equal(first, train(2))
+
+
+def test_the_same_seed_trains_the_same_diffusion_model(experiment, tmp_path):
+    first = experiment / "diffusion_optimizer.pth"
+    options = ["--epochs", 60, "--checkpoints", experiment / "checkpoints_weights_cnn"]
+    assert run("train_diffusion.py", *options, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "diffusion_optimizer.pth").read_bytes() == first.read_bytes()
+    assert run("train_diffusion.py", *options, "--seed", 1, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "diffusion_optimizer.pth").read_bytes() != first.read_bytes()
+
+
+@pytest.mark.parametrize("epochs", [1, 40])
+def test_checkpoints_of_other_programs_and_lengths_work(tmp_path, epochs):
+    directory = tmp_path / "checkpoints_weights_cnn"
+    directory.mkdir()
+    for epoch in range(epochs + 1):
+        torch.save(TargetCNN().state_dict(), checkpoint_path(directory, epoch))
+    result = run("train_diffusion.py", "--epochs", 2, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert f"from {epochs} pairs" in result.stdout
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Run train_target_model.py in this process on a few real images."""
+    few = load_mnist("train", REPOSITORY / "data")[:600]
+
+    def run_main(*options, scale=1.0) -> None:
+        train = Dataset(few.images[:500] * scale, few.labels[:500])
+        monkeypatch.setattr(train_target_model, "training_and_scoring_data", lambda *_: (train, few[500:]))
+        monkeypatch.setattr(sys, "argv", ["train_target_model.py", *map(str, options), "--device", "cpu"])
+        train_target_model.main()
+
+    return run_main
+
+
+def test_several_runs_are_recorded_and_learnt(tmp_path, record):
+    directory = tmp_path / "checkpoints_weights_cnn"
+    record("--runs", 2, "--epochs", 1, "--checkpoints", directory)
+    runs = [load_run(directory / name) for name in ("run_0001", "run_0002")]
+    assert not torch.equal(runs[0][0], runs[1][0])
+    result = run("train_diffusion.py", "--epochs", 2, cwd=tmp_path)
+    assert "from 2 pairs" in result.stdout
+
+
+def test_one_of_several_runs_is_the_single_run_of_its_seed(tmp_path, record):
+    record("--runs", 2, "--epochs", 1, "--checkpoints", tmp_path / "several")
+    record("--seed", 1, "--epochs", 1, "--checkpoints", tmp_path / "single")
+    assert torch.equal(load_run(tmp_path / "several" / "run_0002"), load_run(tmp_path / "single"))
+
+
+def test_recording_again_leaves_nothing_of_the_longer_run_before(tmp_path, record):
+    record("--epochs", 3, "--checkpoints", tmp_path)
+    record("--epochs", 1, "--checkpoints", tmp_path)
+    assert len(load_run(tmp_path)) == 2
+
+
+def test_training_that_diverges_keeps_the_epochs_before(tmp_path, record):
+    with pytest.raises(UserError, match=r"weights_epoch_1\.pth: not saved.*lower --lr"):
+        record("--epochs", 1, "--checkpoints", tmp_path, scale=float("nan"))
+    assert len(load_run(tmp_path)) == 1
+
+
+def test_fp32_and_bf16_train_alike(tmp_path, record):
+    for precision in ("fp32", "bf16"):
+        record("--epochs", 1, "--precision", precision, "--checkpoints", tmp_path / precision)
+    fp32, bf16 = (load_run(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert torch.equal(fp32[0], bf16[0])
+    moved = (fp32[1] - fp32[0]).norm()
+    assert 0 < (fp32[1] - bf16[1]).norm() < 0.5 * moved
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+def test_help_states_the_defaults(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        script.main()
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--seed", "--device", "--checkpoints", "default:"):
+        assert option in text
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [train_diffusion, evaluate_generalization, evaluate_diffusion])
+def test_missing_and_empty_checkpoints_name_the_script_to_run(script, tmp_path, refusal):
+    for directory in (tmp_path / "none", tmp_path):
+        line = refusal(script.main, "--checkpoints", directory)
+        assert str(directory) in line and "run train_target_model.py first" in line
+
+
+def test_errors_are_one_line_and_exit_code_2(tmp_path):
+    assert_refused(run("train_diffusion.py", cwd=tmp_path), "run train_target_model.py first")
+    assert_refused(run("train_target_model.py", "--epochs", "0", cwd=tmp_path), "--epochs: '0' is not a whole number")
+
+
+def test_a_single_checkpoint_makes_no_pair(checkpoints, refusal):
+    for epoch in (1, 2):
+        checkpoint_path(checkpoints, epoch).unlink()
+    assert "no pair" in refusal(train_diffusion.main, "--checkpoints", checkpoints)
+
+
+def test_a_gap_names_the_missing_file(checkpoints, refusal):
+    checkpoint_path(checkpoints, 1).unlink()
+    for script in (train_diffusion, evaluate_generalization, evaluate_diffusion):
+        assert "weights_epoch_1.pth" in refusal(script.main, "--checkpoints", checkpoints)
+
+
+def test_a_truncated_checkpoint_is_named(checkpoints, refusal):
+    path = checkpoint_path(checkpoints, 1)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert f"{path}: is damaged" in refusal(train_diffusion.main, "--checkpoints", checkpoints)
+
+
+def test_a_missing_diffusion_model_names_the_script_to_run(checkpoints, tmp_path, refusal):
+    for script in (evaluate_generalization, evaluate_diffusion):
+        line = refusal(script.main, "--checkpoints", checkpoints, "--model", tmp_path / "none.pth")
+        assert "none.pth" in line and "run train_diffusion.py first" in line
+
+
+def test_a_diffusion_model_of_another_dimension_is_refused(checkpoints, tmp_path, refusal):
+    path = tmp_path / "small.pth"
+    save_diffusion(SpanDiffusion.of_runs([torch.randn(3, 10)]), path)
+    line = refusal(evaluate_generalization.main, "--checkpoints", checkpoints, "--model", path)
+    assert "networks of 10 weights, not 421642" in line
+
+
+def test_a_recorded_init_is_not_unseen(checkpoints, refusal):
+    line = refusal(evaluate_generalization.main, "--checkpoints", checkpoints, "--seed", 0)
+    assert "weights_epoch_0.pth" in line and "choose another --seed" in line
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (train_target_model, ["--epochs", "-1"]),
+        (train_target_model, ["--epochs", "1000000000"]),
+        (train_target_model, ["--epochs", "two"]),
+        (train_target_model, ["--lr", "nan"]),
+        (train_target_model, ["--lr", "0"]),
+        (train_target_model, ["--batch-size", "0"]),
+        (train_target_model, ["--seed", "-1"]),
+        (train_target_model, ["--runs", "0"]),
+        (train_target_model, ["--checkpoints", "/dev/null"]),
+        (train_diffusion, ["--epochs", "0"]),
+        (train_diffusion, ["--out", "/dev/null/model.pth"]),
+        (train_diffusion, ["--out", "model.txt"]),
+        (evaluate_generalization, ["--steps", "0"]),
+        (evaluate_generalization, ["--plot", "plot.exe"]),
+        (evaluate_diffusion, ["--plot", "."]),
+        (evaluate_diffusion, ["--colour", "red"]),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(script, options, refusal):
+    assert options[0].lstrip("-") in refusal(script.main, *options)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
+def test_unknown_devices_are_refused(device):
+    command = [sys.executable, "-c", "import sys, train_diffusion; train_diffusion.parse_options()", "--device", device]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert_refused(result, "is not a device of this machine")
+
+
+def test_training_that_diverges_saves_nothing_broken(checkpoints, tmp_path, refusal):
+    line = refusal(train_diffusion.main, "--checkpoints", checkpoints, "--lr", 1000, "--out", tmp_path / "model.pth")
+    assert "lower --lr" in line
+    assert not (tmp_path / "model.pth").exists()
+
+
+def limit_files_to_a_megabyte():
+    """Make larger files fail as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+
+def test_a_full_disk_keeps_the_earlier_files(checkpoints, tmp_path):
+    model = tmp_path / "diffusion_optimizer.pth"
+    model.write_text("earlier")
+    weights = load_run(checkpoints)
+    for script, named in (("train_diffusion.py", model.name), ("train_target_model.py", "weights_epoch_0.pth")):
+        result = run(script, cwd=tmp_path, preexec_fn=limit_files_to_a_megabyte)
+        assert_refused(result, f"{named}: cannot be written")
+    assert model.read_text() == "earlier"
+    assert torch.equal(load_run(checkpoints), weights)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoints.name, model.name]
+
+
+def test_other_recorded_runs_are_not_mixed_with(tmp_path, checkpoints, refusal):
+    assert "other recorded runs" in refusal(train_target_model.main, "--runs", 2, "--checkpoints", checkpoints)
+
+
+def test_ctrl_c_leaves_only_complete_files(tmp_path):
+    command = [sys.executable, REPOSITORY / "train_target_model.py", "--device", "cpu"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("Epoch  0"):
+                process.send_signal(signal.SIGINT)
+                break
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.splitlines() == ["interrupted"]
+    saved = list((tmp_path / "checkpoints_weights_cnn").iterdir())
+    assert [path.name for path in saved] == ["weights_epoch_0.pth"]
+    assert load_checkpoint(saved[0]).isfinite().all()

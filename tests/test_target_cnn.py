@@ -1,0 +1,207 @@
+"""The target system: the network, its weights as a vector and as files, MNIST, the score."""
+
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY
+from torch import nn
+
+import target_cnn
+from target_cnn import (
+    Dataset,
+    TargetCNN,
+    UserError,
+    checkpoint_path,
+    find_runs,
+    flatten_weights,
+    load_checkpoint,
+    load_mnist,
+    load_run,
+    load_weights,
+    save_file,
+    score,
+    score_weights,
+)
+
+
+@pytest.fixture(scope="module")
+def few_images() -> Dataset:
+    return load_mnist("test", REPOSITORY / "data")[:600]
+
+
+def test_the_network_is_the_documents():
+    model = TargetCNN()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 421_642
+    assert {name.split(".")[0] for name in model.state_dict()} == {"conv1", "conv2", "fc1", "fc2"}
+    layers = nn.Sequential(
+        *(model.conv1, nn.ReLU(), nn.MaxPool2d(2), model.conv2, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
+        *(model.fc1, nn.ReLU(), model.fc2),
+    )
+    images = torch.randn(3, 1, 28, 28)
+    assert torch.equal(model(images), layers(images))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_weights_survive_the_way_to_a_vector_and_back(memory_format):
+    model = TargetCNN().to(memory_format=memory_format)
+    copy = load_weights(TargetCNN().to(memory_format=memory_format), flatten_weights(model))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], tensor)
+    contiguous = model.to(memory_format=torch.contiguous_format)
+    assert torch.equal(flatten_weights(copy), nn.utils.parameters_to_vector(contiguous.parameters()))
+
+
+def test_a_vector_of_another_length_is_refused():
+    with pytest.raises(ValueError, match="421642"):
+        load_weights(TargetCNN(), torch.zeros(421_641))
+
+
+def test_loading_a_vector_does_not_alias_it():
+    vector = torch.zeros(421_642)
+    model = load_weights(TargetCNN(), vector)
+    with torch.no_grad():
+        model.fc2.bias.add_(1)
+    assert not vector.any()
+
+
+def test_mnist_is_whole_and_normalised():
+    for split, images in {"train": 60_000, "test": 10_000}.items():
+        data = load_mnist(split, REPOSITORY / "data")
+        assert data.images.shape == (images, 1, 28, 28)
+        assert data.labels.shape == (images,) and data.labels.unique().tolist() == list(range(10))
+        assert data.images.mean().abs() < 0.02 and (data.images.std() - 1).abs() < 0.02
+
+
+def test_validation_images_are_held_out_of_training():
+    train, validation = target_cnn.training_and_scoring_data(REPOSITORY / "data", 1000)
+    assert len(train.labels) == 59_000
+    assert torch.equal(validation.images, target_cnn.scoring_data(REPOSITORY / "data", 1000).images)
+    whole = load_mnist("train", REPOSITORY / "data")
+    assert torch.equal(torch.cat([train.images, validation.images]), whole.images)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove"])
+def test_a_broken_archive_is_named(tmp_path, monkeypatch, damage):
+    shutil.copytree(REPOSITORY / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*-ubyte"))
+    archive = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    content = archive.read_bytes()
+    archive.unlink()
+    if damage == "truncate":
+        archive.write_bytes(content[:1000])
+    from torchvision import datasets
+
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["file:///nowhere/"])
+    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz: is (damaged|missing)"):
+        load_mnist("test", tmp_path / "data")
+
+
+def test_the_score_is_in_the_documents_unit(few_images):
+    model = TargetCNN()
+    result = score(model, few_images, batch_size=77)
+    with torch.no_grad():
+        logits = model(few_images.images)
+    losses = F.cross_entropy(logits, few_images.labels, reduction="none")
+    summed = sum(len(batch) * batch.sum() for batch in losses.split(256)) / 600
+    assert result.average_loss == pytest.approx(summed.item(), rel=1e-4)
+    assert result.cross_entropy == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert result.accuracy_percent == pytest.approx(100 * (logits.argmax(1) == few_images.labels).float().mean().item())
+    assert torch.equal(result.wrong, logits.argmax(1) != few_images.labels)
+
+
+def test_equal_states_are_scored_once(few_images, monkeypatch):
+    calls = []
+    monkeypatch.setattr(target_cnn, "score", lambda model, data: calls.append(1) or score(model, data))
+    first, second = flatten_weights(TargetCNN()), flatten_weights(TargetCNN())
+    scores = score_weights([first, second, first.clone()], few_images)
+    assert len(calls) == 2
+    assert scores[0] is scores[2]
+    alone = score(load_weights(TargetCNN(), second), few_images)
+    assert scores[1].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-5)
+
+
+def write_run(directory, epochs):
+    directory.mkdir(exist_ok=True)
+    for epoch in epochs:
+        torch.save(TargetCNN().state_dict(), checkpoint_path(directory, epoch))
+
+
+def test_runs_are_read_in_the_order_of_epochs(tmp_path):
+    write_run(tmp_path, range(12))
+    assert find_runs(tmp_path) == [tmp_path]
+    run = load_run(tmp_path)
+    assert run.shape == (12, 421_642)
+    assert torch.equal(run[10], load_checkpoint(checkpoint_path(tmp_path, 10)))
+
+
+def test_several_runs_are_found(tmp_path):
+    for name in ("run_0002", "run_0001"):
+        write_run(tmp_path / name, range(2))
+    assert [path.name for path in find_runs(tmp_path)] == ["run_0001", "run_0002"]
+    write_run(tmp_path, [0])
+    with pytest.raises(UserError, match="both"):
+        find_runs(tmp_path)
+
+
+def test_a_gap_in_the_epochs_is_named(tmp_path):
+    write_run(tmp_path, [0, 1, 3])
+    with pytest.raises(UserError, match=r"weights_epoch_2\.pth"):
+        load_run(tmp_path)
+
+
+class Malicious:
+    """A pickle that would write a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    torch.save({"conv1.weight": Malicious(tmp_path / "executed")}, path)
+    with pytest.raises(UserError, match="unsafe"):
+        load_checkpoint(path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    torch.save(TargetCNN().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:100_000])
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
+    path.write_text("not a checkpoint")
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
+    wrong_shape = TargetCNN().state_dict() | {"fc2.bias": torch.zeros(11)}
+    for foreign in (nn.Linear(2, 2).state_dict(), wrong_shape, [1, 2], torch.zeros(3)):
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    state = TargetCNN().state_dict()
+    state["fc1.weight"][3, 5] = value
+    torch.save(state, checkpoint_path(tmp_path, 0))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        load_checkpoint(checkpoint_path(tmp_path, 0))
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "kept.txt"
+    save_file(path, lambda temporary: temporary.write_text("first"))
+
+    def fail_half_way(temporary):
+        temporary.write_text("sec")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"kept\.txt: cannot be written \(No space left on device\)"):
+        save_file(path, fail_half_way)
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
