@@ -1,0 +1,205 @@
+"""How fast the experiment is against the obvious way of writing it, measured side by side in one run.
+
+    python tests/benchmark.py
+
+Runs the three scripts in a temporary directory, then a plain implementation of each part, which this file carries:
+images decoded one by one, fp32, contiguous tensors, dense Adam on all 432,528,522 weights of the diffusion model. Takes
+about ten minutes and 12 GiB on two cores. Not collected by pytest.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, rollout  # noqa: E402
+from evaluate_generalization import table  # noqa: E402
+from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, number  # noqa: E402
+from train_diffusion import train  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dense-steps", type=number(int, 2, 1000), default=60, help="most steps of dense training (60)"
+    )
+    options = parser.parse_args()
+    rows = []
+
+    with tempfile.TemporaryDirectory() as directory:
+        scripts = {}
+        for name in ("train_target_model.py", "train_diffusion.py", "evaluate_generalization.py"):
+            scripts[name] = run_script(name, Path(directory))
+        run = load_run(find_runs(Path(directory) / "checkpoints_weights_cnn")[0])
+    print("500 synthetic pairs...", flush=True)  # before this process grows: a child's peak counts its parent's
+    seconds_of_many, memory_of_many = many_pairs(run)
+    total = sum(seconds for seconds, _, _ in scripts.values())
+    epochs = [float(text) for text in re.findall(r"Time = ([\d.]+) s", scripts["train_target_model.py"][2])][1:]
+
+    print("The obvious way: one epoch of the CNN...", flush=True)
+    obvious_epoch = obvious_cnn_epoch()
+    ours = sorted(epochs)[len(epochs) // 2]
+    rows.append(["one epoch of the CNN", f"{obvious_epoch:.1f} s", f"{ours:.1f} s", ratio(obvious_epoch, ours)])
+
+    print("The obvious way: dense training of the diffusion model...", flush=True)
+    start = time.perf_counter()
+    torch.manual_seed(0)
+    span = SpanDiffusion.of_runs([run])
+    train(span, epochs=100, lr=1e-3, shrinkage=2.0)
+    ours = time.perf_counter() - start
+    error, output = span.losses(*span.gram_matrices())
+    goal = (error + 2.0 * output).item()
+    step_seconds, steps, reached = dense_training(run, goal, options.dense_steps)
+    dense = step_seconds * steps
+    more = "" if reached else "> "
+    print(f"  {step_seconds:.2f} s a step; {steps} steps {'reach' if reached else 'do not reach'} a loss of {goal:.4f}")
+    rows.append(["training the diffusion model", f"{more}{dense:.1f} s", f"{ours:.2f} s", more + ratio(dense, ours)])
+    del span
+
+    print("The obvious way: evaluation...", flush=True)
+    obvious_evaluation = obvious_evaluation_of(run)
+    ours = scripts["evaluate_generalization.py"][0]
+    rows.append(
+        ["the whole evaluation", f"{obvious_evaluation:.1f} s", f"{ours:.1f} s", ratio(obvious_evaluation, ours)]
+    )
+    obvious_total = len(epochs) * obvious_epoch + dense + obvious_evaluation
+    rows.append(
+        ["the three scripts", f"{more}{obvious_total:.0f} s", f"{total:.1f} s", more + ratio(obvious_total, total)]
+    )
+
+    print(f"\n{machine()}\n")
+    print(table(["what", "obvious way", "ours", "ratio"], rows))
+    print()
+    header = ["script, from start to exit", "seconds", "peak memory (GiB)"]
+    print(table(header, [[name, f"{s:.1f}", f"{m:.2f}"] for name, (s, m, _) in scripts.items()]))
+    print("\n500 pairs (100 synthetic runs of 5 epochs): ", end="")
+    print(f"trained in {seconds_of_many:.1f} s, peak memory {memory_of_many:.2f} GiB")
+
+
+def run_script(name: str, directory: Path) -> tuple[float, float, str]:
+    """Seconds from start to exit, peak resident memory in GiB, and the output of a script with its defaults."""
+    print(f"{name}...", flush=True)
+    start = time.perf_counter()
+    with (directory / f"{name}.out").open("w+") as output:
+        process = subprocess.Popen([sys.executable, REPOSITORY / name], cwd=directory, stdout=output)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        if os.waitstatus_to_exitcode(status):
+            sys.exit(f"{name} failed")
+        output.seek(0)
+        return seconds, usage.ru_maxrss / 2**20, output.read()
+
+
+def ratio(obvious: float, ours: float) -> str:
+    return f"{obvious / ours:.1f}x"
+
+
+def image_loader(train: bool, batch_size: int) -> torch.utils.data.DataLoader:
+    """MNIST as every tutorial reads it: each image decoded and normalised when it is asked for."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    data = datasets.MNIST(REPOSITORY / "data", train=train, download=True, transform=transform)
+    return torch.utils.data.DataLoader(data, batch_size=batch_size, shuffle=train)
+
+
+def obvious_cnn_epoch() -> float:
+    """Seconds of one epoch of training in fp32."""
+    torch.manual_seed(0)
+    model = TargetCNN()
+    adam = torch.optim.Adam(model.parameters())
+    start = time.perf_counter()
+    for images, labels in image_loader(True, 128):
+        adam.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        adam.step()
+    return time.perf_counter() - start
+
+
+def dense_training(run: torch.Tensor, goal: float, most_steps: int) -> tuple[float, int, bool]:
+    """Seconds a step, steps taken, and whether they reached the loss `goal`, for Adam on the dense network.
+
+    All else is as in the span: standardised weights, the last layer zero at first, the same loss and learning rate.
+    """
+    torch.manual_seed(0)
+    reference = SpanDiffusion.of_runs([run])
+    model = SimpleWeightSpaceDiffusion(run.shape[1])
+    for name in ("input_mean", "input_scale", "output_mean", "output_scale"):
+        model.get_buffer(name).copy_(reference.get_buffer(name))
+    model.last_step.copy_(reference.steps.max())
+    nn.init.zeros_(model.main_network[-1].weight)
+    nn.init.zeros_(model.main_network[-1].bias)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    start = time.perf_counter()
+    for step in range(most_steps):
+        outputs = (model(run[:-1], reference.steps) - model.output_mean) / model.output_scale
+        loss = (outputs - reference.targets).square().mean() + 2.0 * outputs.square().mean()
+        if loss.item() <= goal:
+            return (time.perf_counter() - start) / max(step, 1), step, True
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return (time.perf_counter() - start) / most_steps, most_steps, False
+
+
+@torch.no_grad()
+def obvious_evaluation_of(run: torch.Tensor) -> float:
+    """Seconds to build the dense model, roll it out, and score seven generated and the recorded states one by one."""
+    start = time.perf_counter()
+    model = SimpleWeightSpaceDiffusion(run.shape[1])
+    states = [*rollout(model, flatten_weights(TargetCNN()), 6), *run]
+    target = TargetCNN()
+    for weights in states:
+        nn.utils.vector_to_parameters(weights, target.parameters())
+        for images, labels in image_loader(False, 256):
+            logits = target(images)
+            logits.argmax(1).eq(labels).sum().item()
+            F.cross_entropy(logits, labels, reduction="sum").item()
+    return time.perf_counter() - start
+
+
+def many_pairs(run: torch.Tensor) -> tuple[float, float]:
+    """Seconds and peak GiB of training on 500 pairs, in a process of its own: noisy copies of `run` as 100 runs."""
+    with tempfile.TemporaryDirectory() as directory:
+        torch.save(run, Path(directory) / "run.pt")
+        code = (
+            "import sys, time, torch; sys.path.insert(0, sys.argv[1])\n"
+            "from diffusion_model import SpanDiffusion; from train_diffusion import train\n"
+            "run = torch.load('run.pt', weights_only=True)\n"
+            "runs = [run + 0.01 * torch.randn_like(run) for _ in range(100)]\n"
+            "start = time.perf_counter(); model = SpanDiffusion.of_runs(runs); del runs\n"
+            "train(model, 100, 1e-3, 2.0); print('seconds', time.perf_counter() - start)"
+        )
+        with (Path(directory) / "out").open("w+") as output:
+            process = subprocess.Popen([sys.executable, "-c", code, REPOSITORY], cwd=directory, stdout=output)
+            _, _, usage = os.wait4(process.pid, 0)
+            output.seek(0)
+            return float(output.read().split("seconds ")[1]), usage.ru_maxrss / 2**20
+
+
+def machine() -> str:
+    """The processor, its cores and memory, and the versions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{names[0] if names else platform.processor()} ({capability}), {os.cpu_count()} cores, {memory:.0f} GiB; "
+        f"Python {platform.python_version()}, PyTorch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    main()
