@@ -34,6 +34,7 @@ class SimpleWeightSpaceDiffusion(nn.Module):
     def __init__(self, dimension: int, time_dim: int = 128, hidden: int = 512):
         super().__init__()
         self.sizes = {"dimension": dimension, "time_dim": time_dim, "hidden": hidden}
+        self.seconds: dict[str, float] = {}  # what the model cost: "recording" its data, "training" it
         self.time_network = time_network(time_dim)
         self.main_network = main_network(dimension + time_dim, hidden, dimension)
         self.register_buffer("input_mean", torch.zeros(dimension))
@@ -83,6 +84,7 @@ class SpanDiffusion(nn.Module):
     def __init__(self, dimension: int, pairs: int, time_dim: int = 128, hidden: int = 512):
         super().__init__()
         self.sizes = {"dimension": dimension, "pairs": pairs, "time_dim": time_dim, "hidden": hidden}
+        self.seconds: dict[str, float] = {}
         self.time_network = time_network(time_dim)
         self.main_network = main_network(pairs + time_dim, hidden, pairs)
         # At first every output is the mean target.
@@ -146,6 +148,7 @@ class SpanDiffusion(nn.Module):
         for name in ("input_mean", "input_scale", "output_mean", "output_scale"):
             dense.get_buffer(name).copy_(self.get_buffer(name))
         dense.last_step.copy_(self.steps.max())
+        dense.seconds = self.seconds
         return dense
 
 
@@ -161,11 +164,15 @@ def standardise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.inference_mode()
 def rollout(model: nn.Module, weights: Tensor, steps: int) -> Tensor:
-    """Apply `model` `steps` times to `weights`, [dimension]: all states, the first included, [steps + 1, dimension]."""
-    states = [weights]
+    """Apply `model` `steps` times to `weights`: all states, the first included.
+
+    `weights` [dimension] give [steps + 1, dimension]; several starts, [starts, dimension], go through the model as one
+    batch and give [steps + 1, starts, dimension].
+    """
+    states = [torch.atleast_2d(weights)]
     for step in range(steps):
-        states.append(model(states[-1][None], torch.tensor([step], device=weights.device))[0])
-    return torch.stack(states)
+        states.append(model(states[-1], torch.full((len(states[-1]),), step, device=weights.device)))
+    return torch.stack(states).view(steps + 1, *weights.shape)
 
 
 def save_diffusion(model: SimpleWeightSpaceDiffusion | SpanDiffusion, path: Path) -> None:
@@ -173,7 +180,12 @@ def save_diffusion(model: SimpleWeightSpaceDiffusion | SpanDiffusion, path: Path
 
     Raises UserError if `path` cannot be written; an earlier file survives.
     """
-    content = {"model": type(model).__name__, "sizes": model.sizes, "state_dict": model.state_dict()}
+    content = {
+        "model": type(model).__name__,
+        "sizes": model.sizes,
+        "state_dict": model.state_dict(),
+        "seconds": model.seconds,
+    }
     save_tensors(path, content)
 
 
@@ -190,6 +202,7 @@ def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu
         with torch.device("meta"):
             model = classes[content["model"]](**content["sizes"])
         model.load_state_dict(content["state_dict"], assign=True)
+        model.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not a saved diffusion model: make it again with train_diffusion.py") from error
     if model.sizes["dimension"] != dimension:

@@ -9,8 +9,8 @@ import argparse
 from itertools import zip_longest
 
 from diffusion_model import load_diffusion, rollout
-from evaluate_generalization import evaluation_parser, plot, table
-from target_cnn import Score, find_runs, load_run, run_script, score_weights, scoring_data
+from evaluate_generalization import evaluation_parser, plot
+from target_cnn import Score, find_runs, load_run, run_script, score_weights, scoring_data, table
 
 
 def parse_options() -> argparse.Namespace:

@@ -13,7 +13,17 @@ from pathlib import Path
 import torch
 
 from diffusion_model import SpanDiffusion, save_diffusion
-from target_cnn import CHECKPOINTS, UserError, find_runs, load_run, number, option_parser, output_file, run_script
+from target_cnn import (
+    CHECKPOINTS,
+    UserError,
+    find_runs,
+    load_log,
+    load_run,
+    number,
+    option_parser,
+    output_file,
+    run_script,
+)
 
 
 def parse_options() -> argparse.Namespace:
@@ -33,7 +43,9 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     print(f"Using device: {options.device}")
-    runs = [load_run(directory).to(options.device) for directory in find_runs(options.checkpoints)]
+    directories = find_runs(options.checkpoints)
+    runs = [load_run(directory).to(options.device) for directory in directories]
+    logs = [load_log(directory) for directory in directories]
     if any(len(run) < 2 for run in runs):
         raise UserError(f"{options.checkpoints}: one checkpoint makes no pair: run train_target_model.py for an epoch")
     pairs = sum(len(run) - 1 for run in runs)
@@ -43,7 +55,10 @@ def main() -> None:
     start = time.perf_counter()
     model = SpanDiffusion.of_runs(runs)
     train(model, options.epochs, options.lr, options.shrinkage)
-    print(f"Trained in {time.perf_counter() - start:.2f} s")
+    model.seconds["training"] = time.perf_counter() - start
+    if all(logs):  # what recording cost is only known of runs that train_target_model.py recorded
+        model.seconds["recording"] = sum(epoch["seconds"] for log in logs for epoch in log)
+    print(f"Trained in {model.seconds['training']:.2f} s")
     save_diffusion(model.cpu(), options.out)
     print(f"Diffusion model saved to {options.out}")
 

@@ -2,8 +2,9 @@
 
     python train_target_model.py
 
-writes checkpoints_weights_cnn/weights_epoch_0.pth (before training) up to weights_epoch_5.pth. With --runs K it records
-K trainings from K seeds instead, as checkpoints_weights_cnn/run_0001/weights_epoch_*.pth and so on.
+writes checkpoints_weights_cnn/weights_epoch_0.pth (before training) up to weights_epoch_5.pth, and training_log.json:
+what it prints of each epoch. With --runs K it records K trainings from K seeds instead, as
+checkpoints_weights_cnn/run_0001/weights_epoch_*.pth and so on.
 """
 
 import argparse
@@ -27,9 +28,11 @@ from target_cnn import (
     output_directory,
     recorded_epochs,
     run_script,
+    save_json,
     save_tensors,
     score,
-    training_and_scoring_data,
+    scoring_data,
+    training_data,
 )
 
 
@@ -48,7 +51,8 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     directories = run_directories(options.checkpoints, options.runs)
-    train, scored = training_and_scoring_data(options.data, options.validation, options.device)
+    train = training_data(options.data, options.validation, options.device)
+    scored = scoring_data(options.data, options.validation, options.device)
     use_bf16 = options.precision == "bf16" or (options.precision == "auto" and fast_bf16(options.device))
     print(f"Using device: {options.device}, precision: {'bf16' if use_bf16 else 'fp32'}")
 
@@ -61,13 +65,20 @@ def main() -> None:
         save_checkpoint(model, directory, 0)
         for stale in recorded_epochs(directory)[1:]:  # of an earlier run, which must not mix with this one
             checkpoint_path(directory, stale).unlink()
-        print_epoch(0, None, score(model, scored).accuracy_percent, 0.0, options.validation)
-        for epoch in range(1, options.epochs + 1):
-            start = time.perf_counter()
-            loss = train_epoch(model, adam, train, options.batch_size, use_bf16, f"Epoch {epoch}")
-            seconds = time.perf_counter() - start
-            save_checkpoint(model, directory, epoch)
-            print_epoch(epoch, loss, score(model, scored).accuracy_percent, seconds, options.validation)
+        log = []
+        for epoch in range(options.epochs + 1):
+            loss, seconds = None, 0.0
+            if epoch:
+                start = time.perf_counter()
+                loss = train_epoch(model, adam, train, options.batch_size, use_bf16, f"Epoch {epoch}")
+                seconds = time.perf_counter() - start
+                save_checkpoint(model, directory, epoch)
+            accuracy_percent = score(model, scored).accuracy_percent
+            log.append(
+                {"epoch": epoch, "training_loss": loss, "accuracy_percent": accuracy_percent, "seconds": seconds}
+            )
+            save_json(directory / "training_log.json", {"seed": options.seed + run, "epochs": log})
+            print_epoch(epoch, loss, accuracy_percent, seconds, options.validation)
     print(f"Weights saved to {options.checkpoints}")
 
 

@@ -1,5 +1,6 @@
 """The four scripts as a user runs them: what they print and save, and how they refuse bad input."""
 
+import json
 import re
 import resource
 import shutil
@@ -16,7 +17,7 @@ import evaluate_generalization
 import train_diffusion
 import train_target_model
 from diffusion_model import SpanDiffusion, save_diffusion
-from target_cnn import Dataset, TargetCNN, UserError, checkpoint_path, load_checkpoint, load_mnist, load_run
+from target_cnn import Dataset, TargetCNN, UserError, checkpoint_path, load_checkpoint, load_log, load_mnist, load_run
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
 SCRIPTS = [train_target_model, train_diffusion, evaluate_generalization, evaluate_diffusion]
@@ -70,7 +71,9 @@ def test_the_diffusion_loss_falls(experiment):
 
 
 def test_generalization_prints_the_documents_lines(experiment, tmp_path):
-    result = run("evaluate_generalization.py", "--plot", tmp_path / "plot.png", "--steps", 3, cwd=experiment)
+    outputs = ["--plot", tmp_path / "plot.png", "--results", tmp_path / "results.json"]
+    options = ["--steps", 3, "--inits", 2, "--reference-epochs", 0]
+    result = run("evaluate_generalization.py", *outputs, *options, cwd=experiment)
     assert result.returncode == 0, result.stderr
     expected = [
         r"Starting evaluation of diffusion-generated checkpoints\.\.\.",
@@ -90,6 +93,14 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
         r"\| -+ \| -+ \| -+ \| -+ \|",
         r"\| 0 \(Initial Random Weights\) \| [\d.]+% +\| [\d.]+ +\| [\d.]+ +\|",
         *(rf"\| {step} +\| [\d.]+% +\| [\d.]+ +\| [\d.]+ +\|" for step in (1, 2, 3)),
+        r"Over 2 unseen inits:",
+        r"Does the output depend on the input\?",
+        r"Is it a copy\?",
+        r"Verdict: recalls the recorded run \(input dependence 0\.0\d\d; closeness .*, cosine 0\.\d{3}\)",
+        r"Generating a network takes [\d.]+ s\.",
+        r"The generator took [\d.]+ s for its data and [\d.]+ s for its training\.",
+        r"Training with Adam .* in [\d.]+ s\.",
+        rf"Results saved to {tmp_path}/results\.json",
         r"Plotting results\.\.\.",
         rf"Plot saved to {tmp_path}/plot\.png",
         r"Evaluation finished\.",
@@ -100,7 +111,14 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
     assert not [form for form in positions if isinstance(form, str)]
     accuracies = [float(number) for number in re.findall(r"Generated Step .*Accuracy = ([\d.]+)%", result.stdout)]
     assert min(accuracies) > 95
-    assert_png(tmp_path / "plot.png", 1800, 720)
+    assert_png(tmp_path / "plot.png", 2700, 720)
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["verdict"]["verdict"] == "recalls the recorded run"
+    assert [round(row["mean"]) for row in record["over_inits"][1:]] == [round(value) for value in accuracies]
+    assert len(record["input_dependence"]) == 6
+    methods = [network["method"] for network in record["networks"]]
+    assert methods.count("generated, step 1") == methods.count("generated, step 3") == 2
+    assert "CNN trained from another seed" not in methods
 
 
 def test_comparison_with_the_recorded_run(experiment, tmp_path):
@@ -132,12 +150,12 @@ def test_the_same_seed_trains_the_same_weights():
 
 
 def test_the_same_seed_trains_the_same_diffusion_model(experiment, tmp_path):
-    first = experiment / "diffusion_optimizer.pth"
     options = ["--epochs", 60, "--checkpoints", experiment / "checkpoints_weights_cnn"]
-    assert run("train_diffusion.py", *options, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "diffusion_optimizer.pth").read_bytes() == first.read_bytes()
-    assert run("train_diffusion.py", *options, "--seed", 1, cwd=tmp_path).returncode == 0
-    assert (tmp_path / "diffusion_optimizer.pth").read_bytes() != first.read_bytes()
+    for seed, same in ((0, True), (1, False)):
+        assert run("train_diffusion.py", *options, "--seed", seed, cwd=tmp_path).returncode == 0
+        files = [torch.load(directory / "diffusion_optimizer.pth") for directory in (experiment, tmp_path)]
+        first, second = (file["state_dict"] for file in files)
+        assert all(torch.equal(first[name], second[name]) for name in first) == same
 
 
 @pytest.mark.parametrize("epochs", [1, 40])
@@ -158,7 +176,8 @@ def record(monkeypatch):
 
     def run_main(*options, scale=1.0) -> None:
         train = Dataset(few.images[:500] * scale, few.labels[:500])
-        monkeypatch.setattr(train_target_model, "training_and_scoring_data", lambda *_: (train, few[500:]))
+        monkeypatch.setattr(train_target_model, "training_data", lambda *_: train)
+        monkeypatch.setattr(train_target_model, "scoring_data", lambda *_: few[500:])
         monkeypatch.setattr(sys, "argv", ["train_target_model.py", *map(str, options), "--device", "cpu"])
         train_target_model.main()
 
@@ -263,6 +282,17 @@ def test_a_recorded_init_is_not_unseen(checkpoints, refusal):
     assert "weights_epoch_0.pth" in line and "choose another --seed" in line
 
 
+def test_no_reference_run_is_named(checkpoints, tmp_path, refusal):
+    line = refusal(evaluate_generalization.main, "--checkpoints", checkpoints, "--reference", tmp_path / "none")
+    assert f"{tmp_path}/none: no such directory" in line
+
+
+def test_a_damaged_training_log_is_named(checkpoints, refusal):
+    (checkpoints / "training_log.json").write_text('{"epochs": [{"epoch": 0}]}')
+    for script in (train_diffusion, evaluate_generalization):
+        assert "training_log.json: is damaged" in refusal(script.main, "--checkpoints", checkpoints)
+
+
 @pytest.mark.parametrize(
     ("script", "options"),
     [
@@ -280,6 +310,9 @@ def test_a_recorded_init_is_not_unseen(checkpoints, refusal):
         (train_diffusion, ["--out", "model.txt"]),
         (evaluate_generalization, ["--steps", "0"]),
         (evaluate_generalization, ["--plot", "plot.exe"]),
+        (evaluate_generalization, ["--inits", "0"]),
+        (evaluate_generalization, ["--reference-epochs", "-1"]),
+        (evaluate_generalization, ["--results", "results.txt"]),
         (evaluate_diffusion, ["--plot", "."]),
         (evaluate_diffusion, ["--colour", "red"]),
     ],
@@ -333,6 +366,7 @@ def test_ctrl_c_leaves_only_complete_files(tmp_path):
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines() == ["interrupted"]
-    saved = list((tmp_path / "checkpoints_weights_cnn").iterdir())
-    assert [path.name for path in saved] == ["weights_epoch_0.pth"]
-    assert load_checkpoint(saved[0]).isfinite().all()
+    saved = sorted((tmp_path / "checkpoints_weights_cnn").iterdir())
+    assert [path.name for path in saved] == ["training_log.json", "weights_epoch_0.pth"]
+    assert load_checkpoint(saved[1]).isfinite().all()
+    assert len(load_log(saved[0].parent)) == 1

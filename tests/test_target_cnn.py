@@ -23,6 +23,8 @@ from target_cnn import (
     save_file,
     score,
     score_weights,
+    scoring_data,
+    training_data,
 )
 
 
@@ -75,9 +77,10 @@ def test_mnist_is_whole_and_normalised():
 
 
 def test_validation_images_are_held_out_of_training():
-    train, validation = target_cnn.training_and_scoring_data(REPOSITORY / "data", 1000)
+    train = training_data(REPOSITORY / "data", 1000)
+    validation = scoring_data(REPOSITORY / "data", 1000)
     assert len(train.labels) == 59_000
-    assert torch.equal(validation.images, target_cnn.scoring_data(REPOSITORY / "data", 1000).images)
+    assert len(scoring_data(REPOSITORY / "data", 0).labels) == 10_000
     whole = load_mnist("train", REPOSITORY / "data")
     assert torch.equal(torch.cat([train.images, validation.images]), whole.images)
 
@@ -119,6 +122,7 @@ def test_equal_states_are_scored_once(few_images, monkeypatch):
     assert scores[0] is scores[2]
     alone = score(load_weights(TargetCNN(), second), few_images)
     assert scores[1].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-5)
+    assert torch.equal(scores[1].wrong, alone.wrong)
 
 
 def write_run(directory, epochs):

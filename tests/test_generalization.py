@@ -1,0 +1,203 @@
+"""The measures of generalisation and the verdict, on cases where the answer is known by construction."""
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from diffusion_model import rollout
+from target_cnn import (
+    Dataset,
+    TargetCNN,
+    flatten_weights,
+    load_mnist,
+    load_run,
+    load_weights,
+    score_weights,
+)
+from train_target_model import train_epoch
+from universal.generalization import (
+    INTERPOLATES,
+    NEW_NETWORKS,
+    NO_NETWORKS,
+    RECALLS,
+    assess,
+    break_even,
+    compare,
+    cost,
+    decide,
+    error_overlap,
+    input_dependence,
+    match_neurons,
+    mean_pairwise_overlap,
+    permute_neurons,
+    random_orders,
+    report,
+    starting_points,
+)
+
+
+@pytest.fixture(scope="module")
+def data() -> Dataset:
+    return load_mnist("test", REPOSITORY / "data")[:1000]
+
+
+@pytest.fixture(scope="module")
+def recorded(experiment) -> torch.Tensor:
+    return load_run(experiment / "checkpoints_weights_cnn")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def sets(*members: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor([index in group for index in range(6)]) for group in members]
+
+
+def test_permuted_neurons_compute_the_same(recorded, generator):
+    permuted = permute_neurons(recorded[-1], random_orders(generator))
+    assert not torch.allclose(permuted, recorded[-1])
+    images = torch.randn(4, 1, 28, 28)
+    outputs = [load_weights(TargetCNN(), weights)(images) for weights in (recorded[-1], permuted)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_matching_undoes_a_permutation(recorded, generator):
+    permuted = permute_neurons(recorded[-1], random_orders(generator))
+    assert torch.equal(match_neurons(permuted, recorded[-1]), recorded[-1])
+    noisy = permuted + 0.3 * permuted.square().mean().sqrt() * torch.randn(len(permuted), generator=generator)
+    matched = match_neurons(noisy, recorded[-1])
+    assert torch.nn.functional.cosine_similarity(matched, recorded[-1], dim=0) > 0.95
+
+
+def test_matching_never_makes_it_worse(recorded):
+    torch.manual_seed(3)
+    weights = flatten_weights(TargetCNN())
+    assert match_neurons(weights, recorded[-1]) @ recorded[-1] >= weights @ recorded[-1]
+
+
+def test_error_overlap_is_intersection_over_union():
+    first, second, none = sets([0, 1, 2], [2, 3], [])
+    assert error_overlap(first, second) == 0.25
+    assert error_overlap(first, first) == error_overlap(none, none) == 1
+    assert error_overlap(first, none) == 0
+    assert mean_pairwise_overlap([first, first, second]) == pytest.approx((1 + 0.25 + 0.25) / 3)
+    assert mean_pairwise_overlap([first]) is None
+
+
+def test_a_permuted_copy_is_found_out(recorded, generator):
+    wrong = sets([0], [1, 2], [2, 3])
+    copy = permute_neurons(recorded[1], random_orders(generator))
+    found = compare(copy, wrong[1], list(recorded), wrong)
+    assert found.nearest == 1
+    assert found.relative_l2 == pytest.approx(0, abs=1e-5) and found.cosine == pytest.approx(1, abs=1e-4)
+    assert found.error_overlap == 1
+
+
+def test_input_dependence_is_a_ratio_of_distances():
+    starts = torch.tensor([[0.0, 0.0], [0.0, 2.0], [4.0, 0.0]])
+    ends = torch.tensor([[1.0, 1.0], [1.0, 1.0], [1.0, 3.0]])
+    assert input_dependence(torch.stack([starts, ends])) == [0, 0, 0.5]
+
+
+def test_the_starts_are_what_they_are_called(recorded):
+    inits = [torch.randn(421_642) for _ in range(2)]
+    starts = starting_points(inits, recorded[0], seed=0)
+    assert list(starts)[:2] == ["unseen init 1", "unseen init 2"]
+    assert not starts["all zeros"].any()
+    assert starts["white noise"].std().item() == pytest.approx(inits[0].std().item(), rel=0.01)
+    assert torch.equal(starts["unseen init 1, neurons permuted"].sort().values, inits[0].sort().values)
+    again = starting_points(inits, recorded[0], seed=0)
+    assert all(torch.equal(starts[name], again[name]) for name in starts)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "dependence", "overlap", "cosine", "verdict"),
+    [
+        (99, 0.0, 0.4, 0.2, RECALLS),
+        (99, 1.0, 0.95, 0.2, RECALLS),
+        (99, 1.0, 0.6, 0.2, INTERPOLATES),
+        (99, 1.0, 0.4, 0.99, INTERPOLATES),
+        (99, 1.0, 0.4, 0.2, NEW_NETWORKS),
+        (50, 1.0, 0.0, 0.0, NO_NETWORKS),
+    ],
+)
+def test_the_rules_of_the_verdict(accuracy, dependence, overlap, cosine, verdict):
+    assert decide(accuracy, dependence, overlap, cosine).verdict == verdict
+
+
+def constant(recorded, data):
+    """A model that returns one blend of the checkpoints."""
+    blend = recorded[1:].mean(dim=0)
+    return lambda weights, steps: blend.expand_as(weights)
+
+
+def nearest_checkpoint(recorded, data):
+    """A model that returns the checkpoint nearest to its input, the init's own aside."""
+    return lambda weights, steps: recorded[1:][torch.cdist(weights, recorded[1:]).argmin(dim=1)]
+
+
+def checkpoint_plus_noise(recorded, data):
+    """A model that adds noise, another one for every input, to a checkpoint."""
+    scale = 0.4 * recorded[-1].square().mean().sqrt()
+    return lambda weights, steps: recorded[-1] + scale * torch.randn_like(weights)
+
+
+def fresh_training(recorded, data):
+    """A model that trains a CNN from its input."""
+    images = load_mnist("train", REPOSITORY / "data")[:10_000]
+
+    def train(weights):
+        model = load_weights(TargetCNN(), weights).to(memory_format=torch.channels_last)
+        with torch.inference_mode(False), torch.enable_grad():
+            train_epoch(model, torch.optim.Adam(model.parameters(), fused=True), images, 64, True, "")
+        return flatten_weights(model)
+
+    # Nothing can be trained from zeros.
+    return lambda weights, steps: torch.stack([train(row) if row.any() else row for row in weights])
+
+
+def identity(recorded, data):
+    """A model that does nothing."""
+    return lambda weights, steps: weights
+
+
+@pytest.mark.parametrize(
+    ("make_model", "verdict"),
+    [
+        (constant, RECALLS),
+        (nearest_checkpoint, RECALLS),
+        (checkpoint_plus_noise, INTERPOLATES),
+        (fresh_training, NEW_NETWORKS),
+        (identity, NO_NETWORKS),
+    ],
+)
+def test_the_verdict_where_it_is_known(recorded, data, make_model, verdict):
+    inits = []
+    for seed in (10, 11):
+        torch.manual_seed(seed)
+        inits.append(flatten_weights(TargetCNN()))
+    starts = starting_points(inits, recorded[0], seed=0)
+    states = rollout(make_model(recorded, data), torch.stack(list(starts.values())), 1)
+    first_scores = score_weights(states[:, 0], data)
+    names = {f"epoch {epoch}": weights for epoch, weights in enumerate(recorded)}
+    record = assess(starts, states, 2, first_scores, names, [], recorded[0], data, seed=0)
+    assert record["verdict"]["verdict"] == verdict, record["verdict"]
+    record["cost"] = cost({}, 0.1, None, 99.0)
+    assert f"Verdict: {verdict} (input dependence" in report(record)
+
+
+def test_the_cost_breaks_even_where_generating_has_become_cheaper():
+    assert break_even(generator_seconds=10, seconds_to_generate=1, seconds_to_train=3) == 6
+    assert break_even(generator_seconds=9, seconds_to_generate=1, seconds_to_train=3) == 5
+    assert break_even(generator_seconds=10, seconds_to_generate=3, seconds_to_train=3) is None
+    log = [{"epoch": epoch, "accuracy_percent": 97.0 + epoch, "seconds": float(epoch)} for epoch in range(4)]
+    spent = {"recording": 6.0, "training": 1.0}
+    reached = cost(spent, 0.5, log, accuracy_percent=99.0)
+    assert reached["seconds_to_train"] == 3 and reached["accuracy_reached"]
+    assert reached["cheaper_from_networks"] == 3  # 7 + 3 * 0.5 < 3 * 3
+    beyond = cost(spent, 0.5, log, accuracy_percent=101)
+    assert beyond["seconds_to_train"] == 6 and not beyond["accuracy_reached"]
+    unknown = cost({}, 0.5, None, accuracy_percent=99.0)
+    assert unknown["seconds_to_train"] is unknown["cheaper_from_networks"] is None
