@@ -363,15 +363,19 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
-def load_file(path: Path, mmap: bool = False):
-    """`torch.load` on the CPU, never executing code from the file. Raises UserError if it cannot be read."""
+def load_file(path: Path, mmap: bool = False, maker: str | None = None):
+    """`torch.load` on the CPU, never executing code from the file. Raises UserError if it cannot be read.
+
+    `maker` is the command that makes such a file.
+    """
+    maker = maker or maker_of(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file: run {maker_of(path)} first")
+        raise UserError(f"{path}: no such file: run {maker} first")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
         reason = "cannot be read" if isinstance(error, PermissionError) else "is damaged, not a PyTorch file, or unsafe"
-        raise UserError(f"{path}: {reason}: make it again with {maker_of(path)}") from error
+        raise UserError(f"{path}: {reason}: make it again with {maker}") from error
 
 
 def maker_of(path: Path) -> str:

@@ -1,0 +1,263 @@
+"""Evaluate the universal synthesiser on networks that it was never trained on.
+
+    python -m universal.evaluate
+
+prints how networks written from unseen inits score on the test images, in one generative step and in six; whether they
+differ from each other and from trained networks; what an ensemble of them gives; and what they are worth as the start
+of training. It saves the picture assets/universal.png and, as universal_results.json, everything it found.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from target_cnn import (
+    Dataset,
+    Score,
+    TargetCNN,
+    UserError,
+    add_data_options,
+    flatten_weights,
+    number,
+    option_parser,
+    output_file,
+    run_script,
+    save_file,
+    save_json,
+    score,
+    scoring_data,
+    table,
+    training_data,
+)
+from train_target_model import fast_bf16, train_epoch
+from universal.architectures import EVALUATED
+from universal.generalization import error_overlap, mean_pairwise_overlap
+from universal.graph import ComputationGraph
+from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
+
+STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Evaluate the universal synthesiser on networks that it was never trained on.", seed=1000)
+    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the trained synthesiser")
+    parser.add_argument("--inits", type=number(int, 2, 1000), default=20, help="unseen inits, from seeds SEED on")
+    parser.add_argument("--steps", type=number(int, 1, 100), default=6, help="generative steps in a row")
+    parser.add_argument("--starts", type=number(int, 1, 100), default=5, help="inits to train from, and in ensembles")
+    parser.add_argument("--epochs", type=number(int, 1, 100), default=2, help="epochs of Adam from each start")
+    parser.add_argument(
+        "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path("assets/universal.png"), help="picture to save"
+    )
+    parser.add_argument(
+        "--results", type=output_file(".json"), default=Path("universal_results.json"), help="record to save"
+    )
+    add_data_options(parser)
+    options = parser.parse_args()
+    if options.starts > options.inits:
+        raise UserError(f"--starts {options.starts}: there are only --inits {options.inits}: lower it")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    print(f"Using device: {options.device}")
+    synthesizer = load_synthesizer(options.synthesizer, options.device)
+    data = scoring_data(options.data, options.validation, options.device)
+    train = training_data(options.data, options.validation, options.device)
+    seeds = range(options.seed, options.seed + options.inits)
+    milliseconds = writing_time(synthesizer)
+    print(f"Writing a TargetCNN takes {milliseconds:.0f} ms, tracing not counted")
+
+    print(f"\nOne generative step from {options.inits} unseen inits:", flush=True)
+    scores = {
+        name: [score(generate(synthesizer, build, seed), data) for seed in seeds] for name, build in EVALUATED.items()
+    }
+    networks = [summary(name, results) for name, results in scores.items()]
+    print(networks_table(networks), flush=True)
+
+    print(f"\n{options.steps} generative steps of TargetCNN from {options.starts} unseen inits:", flush=True)
+    steps = [summary(f"step {step}", row) for step, row in enumerate(step_scores(synthesizer, data, options), start=1)]
+    print(networks_table(steps), flush=True)
+
+    print(f"\nAdam from generated and from random TargetCNNs, {options.starts} seeds:", flush=True)
+    training, trained = compare_starts(synthesizer, train, data, options)
+    print(training_table(training), flush=True)
+
+    written = [result.wrong for result in scores["TargetCNN"]]
+    novelty = {
+        "generated_with_each_other": mean_pairwise_overlap(written),
+        "trained_with_each_other": mean_pairwise_overlap(trained),
+        "largest_generated_with_trained": max(error_overlap(one, other) for one in written for other in trained),
+        "largest_trained_with_each_other": max(
+            (error_overlap(one, other) for index, one in enumerate(trained) for other in trained[:index]), default=None
+        ),
+        "mean_cosine_of_weights": mean_cosine([generate(synthesizer, TargetCNN, seed) for seed in seeds]),
+    }
+    ensemble = ensemble_accuracy(synthesizer, data, list(seeds)[: options.starts])
+    best = max(result.accuracy_percent for result in scores["TargetCNN"][: options.starts])
+    print("\nGenerated TargetCNNs:")
+    for name, value in novelty.items():
+        print(f"{name.replace('_', ' ')}: {'--' if value is None else f'{value:.3f}'}")
+    print(f"ensemble of {options.starts}: Accuracy = {ensemble:.2f}%, the best of them alone: {best:.2f}%")
+
+    record = {
+        "synthesizer": str(options.synthesizer), "seed": options.seed, "milliseconds_to_write": milliseconds,
+        "networks": networks, "steps": steps, "training": training, "error_overlap": novelty,
+        "ensemble": {"networks": options.starts, "accuracy_percent": ensemble, "best_single_percent": best},
+    }  # fmt: skip
+    save_json(options.results, record)
+    print(f"Results saved to {options.results}")
+    plot(record, {name: [r.accuracy_percent for r in results] for name, results in scores.items()}, options.plot)
+    print(f"Plot saved to {options.plot}")
+
+
+def generate(synthesizer: GraphWeightSynthesizer, build, seed: int, steps: int = 1) -> nn.Module:
+    """A network written from the random init of `seed`."""
+    torch.manual_seed(seed)
+    network = build().to(synthesizer.probes.device, memory_format=torch.channels_last)
+    return synthesizer.synthesize(network, steps=steps)
+
+
+@torch.inference_mode()
+def writing_time(synthesizer: GraphWeightSynthesizer, repetitions: int = 20) -> float:
+    """Median milliseconds to write the weights of a TargetCNN."""
+    graph = ComputationGraph(TargetCNN().to(synthesizer.probes.device))
+    seconds = []
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        next(iter(synthesizer(graph, graph.weights()).values())).sum().item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 1000 * sorted(seconds)[repetitions // 2]
+
+
+def step_scores(synthesizer: GraphWeightSynthesizer, data: Dataset, options: argparse.Namespace) -> list[list[Score]]:
+    """For each step, the scores of the TargetCNNs of `--starts` inits."""
+    seeds = range(options.seed, options.seed + options.starts)
+    return [
+        [score(generate(synthesizer, TargetCNN, seed, step), data) for seed in seeds]
+        for step in range(1, options.steps + 1)
+    ]
+
+
+def summary(name: str, results: list[Score]) -> dict:
+    """Mean, standard deviation, minimum and maximum of accuracies in percent."""
+    accuracies = torch.tensor([result.accuracy_percent for result in results], dtype=torch.float64)
+    return {
+        "name": name, "mean": accuracies.mean().item(),
+        "standard_deviation": accuracies.std().item() if len(results) > 1 else 0.0,
+        "minimum": accuracies.min().item(), "maximum": accuracies.max().item(),
+    }  # fmt: skip
+
+
+def networks_table(rows: list[dict]) -> str:
+    header = ["Generated Network", "Mean Accuracy (%)", "Standard Deviation", "Minimum (%)", "Maximum (%)"]
+    keys = ("mean", "standard_deviation", "minimum", "maximum")
+    return table(header, [[row["name"], *(f"{row[key]:.2f}" for key in keys)] for row in rows])
+
+
+def mean_cosine(networks: list[nn.Module]) -> float:
+    """Mean cosine between the weights of every two networks."""
+    weights = F.normalize(torch.stack([flatten_weights(network) for network in networks]), dim=1)
+    cosines = weights @ weights.T
+    count = len(networks)
+    return ((cosines.sum() - cosines.trace()) / (count * (count - 1))).item()
+
+
+@torch.inference_mode()
+def ensemble_accuracy(synthesizer: GraphWeightSynthesizer, data: Dataset, seeds: list[int]) -> float:
+    """Accuracy, in percent, of the mean of the probabilities of several TargetCNNs."""
+    probabilities = 0
+    for seed in seeds:
+        network = generate(synthesizer, TargetCNN, seed).eval()
+        probabilities += torch.cat([network(images).softmax(1) for images in data.images.split(250)])
+    return 100 * (probabilities.argmax(1) == data.labels).double().mean().item()
+
+
+def compare_starts(
+    synthesizer: GraphWeightSynthesizer, train: Dataset, data: Dataset, options: argparse.Namespace
+) -> tuple[list[dict], list[Tensor]]:
+    """Accuracies in percent over epochs of Adam from both starts; and what the trained networks get wrong.
+
+    Both starts of a seed see the same images in the same order. The first quarters of the first epoch are scored too.
+    """
+    rows, trained = [], []
+    for seed in range(options.seed, options.seed + options.starts):
+        for start in STARTS:
+            torch.manual_seed(seed)
+            network = generate(synthesizer, TargetCNN, seed) if start == "generated" else TargetCNN()
+            network = network.to(options.device, memory_format=torch.channels_last)
+            adam = torch.optim.Adam(network.parameters(), fused=True)
+            torch.manual_seed(seed)
+            results = [score(network, data)]
+            for epoch in range(1, options.epochs + 1):
+                train_epoch(
+                    network, adam, train, 128, fast_bf16(options.device), f"{start} start {seed}, epoch {epoch}"
+                )
+                results.append(score(network, data))
+            rows.append({"seed": seed, "start": start, "accuracy_percent": [r.accuracy_percent for r in results]})
+            if start == "random":
+                trained.append(results[-1].wrong)
+    return rows, trained
+
+
+def training_table(training: list[dict]) -> str:
+    """Mean accuracy after each epoch from both starts, and how often the generated start is ahead or level."""
+    curves = {
+        start: torch.tensor([row["accuracy_percent"] for row in training if row["start"] == start]) for start in STARTS
+    }
+    rows = [
+        [str(epoch), *(f"{curve[:, epoch].mean():.2f}" for curve in curves.values()),
+         f"{(curves['generated'][:, epoch] >= curves['random'][:, epoch]).sum()} of {len(curves['random'])}"]
+        for epoch in range(curves["random"].shape[1])
+    ]  # fmt: skip
+    return table(["Epochs of Adam", "Generated Start (%)", "Random Start (%)", "Generated Not Behind"], rows)
+
+
+def plot(record: dict, accuracies: dict[str, list[float]], path: Path) -> None:
+    """Save three panels: accuracies of the written networks, over steps, and as starts of training."""
+    import matplotlib  # imported here: the tables do not need it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 4.8), layout="constrained")
+    names = list(accuracies)
+    for row, name in enumerate(names):
+        left.plot(accuracies[name], [row] * len(accuracies[name]), "o", color="#0072B2", alpha=0.35, markersize=5)
+        mean = sum(accuracies[name]) / len(accuracies[name])
+        left.plot([mean], [row], "|", color="#000000", markersize=16, markeredgewidth=2)
+    left.set_yticks(range(len(names)), names)
+    left.invert_yaxis()
+    left.set(title=f"One step, {len(accuracies[names[0]])} unseen inits (bar: mean)", xlabel="accuracy (%)")
+
+    steps = record["steps"]
+    numbers = range(1, len(steps) + 1)
+    middle.fill_between(
+        numbers, [s["minimum"] for s in steps], [s["maximum"] for s in steps], color="#0072B2", alpha=0.2, label="range"
+    )
+    middle.plot(numbers, [s["mean"] for s in steps], "o-", color="#0072B2", label="mean")
+    middle.set(title="TargetCNN over steps", xlabel="generative step", ylabel="accuracy (%)")
+    middle.legend(loc="best")
+
+    for row in record["training"]:
+        shown = row["accuracy_percent"]
+        first = 0 if row["start"] == "generated" else 1  # a random init, near 10 %, would flatten all the rest
+        label = f"{row['start']} start" if row["seed"] == record["seed"] else None
+        right.plot(range(first, len(shown)), shown[first:], "o-", color=STARTS[row["start"]], alpha=0.6, label=label)
+    right.set(title="Training TargetCNN with Adam", xlabel="epochs", ylabel="accuracy (%)")
+    right.legend(loc="lower right")
+    for panel in (middle, right):
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for panel in (left, middle, right):
+        panel.grid(alpha=0.3)
+    save_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,240 @@
+"""Train the universal synthesiser: no recorded checkpoints, only the reward of the networks that it writes.
+
+    python -m universal.train
+
+draws at every step a random architecture, a random init of it and a batch of training images; the synthesiser writes
+the weights, and the cross-entropy of the written network on the images, differentiated through the network, trains the
+synthesiser (design document, section 4.1.3). Killed, the same command goes on from its last checkpoint.
+
+    torchrun --nproc-per-node=2 -m universal.train
+
+trains on several processes or machines, each with its own architectures, inits and images.
+"""
+
+import argparse
+import os
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from target_cnn import (
+    Dataset,
+    TargetCNN,
+    UserError,
+    add_data_options,
+    load_file,
+    number,
+    option_parser,
+    output_file,
+    run_script,
+    save_tensors,
+    score,
+    scoring_data,
+    training_data,
+)
+from train_target_model import fast_bf16
+from universal.architectures import draw_architecture, mlp
+from universal.graph import ComputationGraph
+from universal.synthesizer import MAKER, SYNTHESIZER, GraphWeightSynthesizer, save_synthesizer
+
+AVERAGE_DECAY = 0.995  # of the exponential moving average
+TASK_LEARNING_RATE = 15  # that of the probes, their labels and concepts, relative to the networks'
+LATER_STEPS = 0.25  # how often the synthesiser starts from weights that it wrote itself
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=15_000, help="networks written, per process")
+    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images that reward a network")
+    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
+    parser.add_argument("--probes", type=number(int, 10, 10_000), default=100, help="learned images")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
+    parser.add_argument("--report-every", type=number(int, 1, 10**8), default=250, help="steps between saved states")
+    parser.add_argument(
+        "--checkpoint", type=output_file(".pth"), default=Path("universal_training.pth"), help="state to go on from"
+    )
+    parser.add_argument("--out", type=output_file(".pth"), default=SYNTHESIZER, help="file to write")
+    add_data_options(parser)
+    parser.set_defaults(validation=2000)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    rank, processes = start_processes(options.device)
+    training = Training(options, rank, processes)
+    if rank == 0:
+        parameters = sum(parameter.numel() for parameter in training.synthesizer.parameters())
+        precision = "bf16" if training.use_bf16 else "fp32"
+        print(f"Using device: {options.device}, precision: {precision}, processes: {processes}")
+        print(f"Training a synthesiser of {parameters:,} parameters for {options.steps} steps", flush=True)
+    training.resume()
+    while training.step < options.steps:
+        training.run(min(training.step + options.report_every, options.steps))
+        if rank == 0:
+            training.report()
+            if training.step < options.steps:
+                training.save()
+    if rank == 0:
+        synthesizer = training.average.module.cpu()
+        synthesizer.seconds = {"training": training.seconds}
+        save_synthesizer(synthesizer, options.out)
+        options.checkpoint.unlink(missing_ok=True)
+        print(f"Trained in {training.seconds / 60:.1f} min")
+        print(f"Synthesiser saved to {options.out}", flush=True)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """This process's rank and the number of processes, which `torchrun` sets."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(dist.get_default_backend_for_device(device))
+    return dist.get_rank(), processes
+
+
+class Training:
+    """The state of a training: everything that a step changes, and how it is saved and restored."""
+
+    def __init__(self, options: argparse.Namespace, rank: int, processes: int):
+        self.options, self.rank, self.processes = options, rank, processes
+        self.data = training_data(options.data, options.validation, options.device)
+        self.validation = scoring_data(options.data, options.validation, options.device)
+        self.use_bf16 = options.precision == "bf16" or (options.precision == "auto" and fast_bf16(options.device))
+        torch.manual_seed(options.seed)
+        self.synthesizer = GraphWeightSynthesizer(options.probes)
+        first = first_of_each_class(self.data, options.probes)
+        self.synthesizer.start_from(first.images, first.labels)
+        self.synthesizer.to(options.device)
+        self.average = AveragedModel(self.synthesizer, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+        # Parallel processes average their gradients; layers of a kind that no process drew have none.
+        self.parallel = (
+            DistributedDataParallel(self.synthesizer, find_unused_parameters=True)
+            if processes > 1
+            else self.synthesizer
+        )
+        task = self.synthesizer.task_parameters()
+        networks = [p for p in self.synthesizer.parameters() if all(p is not other for other in task)]
+        self.groups = [networks, task]
+        rates = [options.lr, options.lr * TASK_LEARNING_RATE]
+        self.adam = torch.optim.AdamW(
+            [{"params": networks, "weight_decay": 1e-4}, {"params": task, "weight_decay": 0.0}], betas=(0.9, 0.98)
+        )
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=options.steps, pct_start=0.15)
+        self.step, self.seconds, self.loss = 0, 0.0, float("nan")
+
+    def run(self, until: int) -> None:
+        """Train up to step `until`. Raises UserError if the loss is not finite."""
+        start, first, total = time.perf_counter(), self.step, 0.0
+        while self.step < until:
+            total += self.one_step()
+            self.step += 1
+        self.loss = (total / (until - first)).item()
+        self.seconds += time.perf_counter() - start
+        if not torch.tensor(self.loss).isfinite():
+            raise UserError(f"the loss is {self.loss} after {self.step} steps, nothing saved: lower --lr")
+
+    def one_step(self) -> torch.Tensor:
+        """Write a random network, and learn from its loss, which is returned."""
+        options = self.options
+        # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
+        drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
+        torch.manual_seed(drawn.getrandbits(31))
+        network = draw_architecture(drawn, classes=10).to(options.device, memory_format=torch.channels_last)
+        graph = ComputationGraph(network)
+        weights = graph.weights()
+        later = drawn.random() < LATER_STEPS
+        if later:
+            with torch.no_grad():
+                weights = self.synthesizer(graph, weights)
+        weights = self.parallel(graph, weights, int(later))
+
+        # Networks without convolutions cost so little that they can be rewarded on more images.
+        convolutions = any(layer.is_convolution for layer in graph.layers)
+        batch = torch.randint(len(self.data.labels), (options.batch_size * (1 if convolutions else 4),))
+        images, labels = self.data[batch.to(options.device)]
+        images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
+        with torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=self.use_bf16):
+            logits = functional_call(network, weights, (images,))
+        loss = F.cross_entropy(logits.float(), labels)
+        self.adam.zero_grad()
+        loss.backward()
+        for group in self.groups:
+            nn.utils.clip_grad_norm_(group, 1.0)
+        self.adam.step()
+        self.schedule.step()
+        self.average.update_parameters(self.synthesizer)
+        return loss.detach()
+
+    def report(self) -> None:
+        """Print the progress, with the accuracy on validation images of two networks that are never trained on."""
+        accuracies = []
+        for name, build in {"TargetCNN": TargetCNN, "MLP": lambda: mlp([256, 128])}.items():
+            torch.manual_seed(self.options.seed)
+            network = self.average.module.synthesize(build().to(self.options.device))
+            accuracies.append(f"{score(network, self.validation).accuracy_percent:5.2f}% ({name})")
+        minutes = self.seconds / self.step * (self.options.steps - self.step) / 60
+        print(
+            f"Step {self.step:{len(str(self.options.steps))}d}/{self.options.steps}: Loss = {self.loss:.4f}, "
+            f"Validation Accuracy = {', '.join(accuracies)}, Time Left = {minutes:.1f} min",
+            flush=True,
+        )
+
+    def settings(self) -> dict:
+        """What a training that goes on must share with the one that was interrupted."""
+        names = ("seed", "steps", "batch_size", "lr", "probes", "validation")
+        return {name: getattr(self.options, name) for name in names} | {
+            "processes": self.processes, "use_bf16": self.use_bf16,
+        }  # fmt: skip
+
+    def parts(self) -> dict:
+        """What has a state_dict."""
+        return {"synthesizer": self.synthesizer, "average": self.average, "adam": self.adam, "schedule": self.schedule}
+
+    def save(self) -> None:
+        """Save the state. Raises UserError if it cannot be written."""
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        progress = {"step": self.step, "seconds": self.seconds}
+        save_tensors(self.options.checkpoint, {"settings": self.settings(), "progress": progress, "states": states})
+
+    def resume(self) -> None:
+        """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
+        path = self.options.checkpoint
+        if not path.exists():
+            return
+        content = load_file(path, maker=MAKER)
+        try:
+            if content["settings"] != self.settings():
+                raise UserError(
+                    f"{path}: is of a training with other options: delete it or choose another --checkpoint"
+                )
+            for name, part in self.parts().items():
+                part.load_state_dict(content["states"][name])
+            self.step, self.seconds = content["progress"]["step"], content["progress"]["seconds"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
+        if self.rank == 0:
+            print(f"Going on from step {self.step}, saved in {path}", flush=True)
+
+
+def first_of_each_class(data: Dataset, count: int) -> Dataset:
+    """`count` images, the classes in turn."""
+    per_class = [(data.labels == label).nonzero()[:, 0] for label in data.labels.unique()]
+    rounds = -(-count // len(per_class))
+    return data[torch.stack([indices[:rounds] for indices in per_class], 1).flatten()[:count]]
+
+
+if __name__ == "__main__":
+    run_script(main)
