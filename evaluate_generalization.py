@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_model import load_diffusion, rollout
 from target_cnn import (
@@ -25,6 +25,7 @@ from target_cnn import (
     checkpoint_path,
     find_runs,
     flatten_weights,
+    load_file,
     load_log,
     load_run,
     load_weights,
@@ -41,6 +42,7 @@ from target_cnn import (
 )
 from train_target_model import fast_bf16, train_epoch
 from universal.generalization import assess, cost, report, starting_points
+from universal.synthesizer import FlatSynthesizer, is_synthesizer, load_synthesizer
 
 
 def parse_options() -> argparse.Namespace:
@@ -74,7 +76,7 @@ def main() -> None:
     directory, run = next(iter(runs.items()))
     log = load_log(directory)
     reference = load_run(find_runs(options.reference)[0])[-1] if options.reference else None
-    model = load_diffusion(options.model, len(inits[0]), options.device)
+    model = load_generator(options.model, len(inits[0]), options.device)
     print(f"Diffusion model loaded from {options.model}")
     data = scoring_data(options.data, options.validation, options.device)
 
@@ -128,6 +130,16 @@ def main() -> None:
     print("Evaluation finished.")
 
 
+def load_generator(path: Path, dimension: int, device: torch.device) -> nn.Module:
+    """The diffusion model or the universal synthesiser that is saved at `path`, for TargetCNNs.
+
+    Raises UserError as `load_diffusion` and `load_synthesizer` do.
+    """
+    if is_synthesizer(load_file(path, mmap=True)):
+        return FlatSynthesizer(load_synthesizer(path, device), TargetCNN())
+    return load_diffusion(path, dimension, device)
+
+
 def random_init(seed: int) -> Tensor:
     """The random initial weights of a TargetCNN, [421642]."""
     torch.manual_seed(seed)
@@ -148,9 +160,7 @@ def train_reference(options: argparse.Namespace) -> Tensor:
 def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentParser:
     """The options that both evaluations take. The seed is none that training uses by default."""
     parser = option_parser(description, seed=1000)
-    parser.add_argument(
-        "--model", type=Path, default=Path("diffusion_optimizer.pth"), help="the diffusion model to evaluate"
-    )
+    parser.add_argument("--model", type=Path, default=Path("diffusion_optimizer.pth"), help="the model to evaluate")
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps")
     parser.add_argument(

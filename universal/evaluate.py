@@ -48,7 +48,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--inits", type=number(int, 2, 1000), default=20, help="unseen inits, from seeds SEED on")
     parser.add_argument("--steps", type=number(int, 1, 100), default=6, help="generative steps in a row")
     parser.add_argument("--starts", type=number(int, 1, 100), default=5, help="inits to train from, and in ensembles")
-    parser.add_argument("--epochs", type=number(int, 1, 100), default=2, help="epochs of Adam from each start")
+    parser.add_argument("--epochs", type=number(int, 0, 100), default=2, help="epochs of Adam from each start")
     parser.add_argument(
         "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path("assets/universal.png"), help="picture to save"
     )

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 SUPPORTED = (
-    "Conv2d (one group, zero padding), Linear, ReLU, GELU, max, average and adaptive average pooling, Flatten, Dropout, "
-    "Identity, reshaping, additions of two activations, and the functional forms of these"
+    "Conv2d (one group, zero padding), Linear, ReLU, GELU, max, average and adaptive average pooling, Flatten, "
+    "Dropout, Identity, reshaping, additions of two activations, and the functional forms of these"
 )
 IMAGE_SIDE = 28  # pixels: the images that a graph takes are [N, channels, 28, 28]
 IMAGE_CHANNELS = (1, 3)
@@ -50,7 +50,14 @@ class Layer(NamedTuple):
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's outputs for `inputs`, with these parameters."""
-        return (F.conv2d if self.is_convolution else F.linear)(inputs, weight, bias, **self.options)
+        if not self.is_convolution:
+            return F.linear(inputs, weight, bias)
+        if self.shape[2:] == (1, 1) and self.options["padding"] in (0, (0, 0), "same", "valid"):
+            # A linear layer over the channels. Not as a convolution: the backward pass of oneDNN's 1x1 convolutions
+            # hangs on processors with AVX2 only (PyTorch 2.15).
+            down, across = nn.modules.utils._pair(self.options["stride"])
+            return F.linear(inputs[:, :, ::down, ::across].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        return F.conv2d(inputs, weight, bias, **self.options)
 
 
 class ComputationGraph:
@@ -121,9 +128,7 @@ class ComputationGraph:
             depth[node] = before + (layer is not None)
             if layer is not None:
                 if layer.weight in {earlier.weight for earlier in self.layers}:
-                    raise ValueError(
-                        f"{node.name}: uses {layer.weight} a second time; shared weights are not supported"
-                    )
+                    raise ValueError(f"{node.name}: uses {layer.weight} again; shared weights are not supported")
                 self.layers.append(layer)
                 self._layer_of[node] = layer
             elif node.op == "output":

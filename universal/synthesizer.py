@@ -44,8 +44,9 @@ class AcrossNeurons(nn.Module):
 class GraphWeightSynthesizer(nn.Module):
     """(architecture graph, current weights, step) -> new weights, equivariant to permutations of hidden neurons.
 
-    `probes` learned images of each class serve a task of `classes` classes. `dimension` is the size of a neuron's
-    embedding, `rank` that of the mix of position functions in a kernel, `hidden` the width of every MLP.
+    `probes` is the number of learned images, `classes` the most that a network may have, `dimension` the size of a
+    neuron's embedding, `concepts` that of the space in which hidden linear neurons get their targets, `rank` the number
+    of mixed position functions in a kernel, `hidden` the width of every MLP.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class GraphWeightSynthesizer(nn.Module):
             math.log(layer.shape[1]) / 5, math.log(layer.shape[0]) / 5, math.log(math.prod(layer.shape[2:])) / 3,
             math.log(inputs.shape[-1]) / 3 if layer.is_convolution else 0, step > 0, dilation.log(), stride.log(),
         ]  # fmt: skip
-        return self.describe_layer(torch.tensor([float(value) for value in about], device=inputs.device))
+        return self.describe_layer(torch.tensor([float(value) for value in about]).to(inputs))
 
     def write_hidden(
         self, layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None, about: Tensor
@@ -316,22 +317,13 @@ def save_synthesizer(synthesizer: GraphWeightSynthesizer, path: Path) -> None:
 
 
 def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu") -> GraphWeightSynthesizer:
-    """The synthesiser saved at `path`, the one of this repository by default.
+    """The synthesiser saved at `path`, the one of this repository by default, in evaluation mode.
 
     Raises UserError if the file is missing, broken, of another kind or of another version.
     """
-    return read_synthesizer(load_file(path, maker=MAKER), path).to(device)
-
-
-def is_synthesizer(content) -> bool:
-    """Whether a loaded file is a synthesiser's, of whatever version."""
-    return isinstance(content, dict) and content.get("model") == GraphWeightSynthesizer.__name__
-
-
-def read_synthesizer(content, path: Path) -> GraphWeightSynthesizer:
-    """The synthesiser in the loaded file `path`. Raises UserError as `load_synthesizer` does."""
+    content = load_file(path, maker=MAKER)
     if not is_synthesizer(content):
-        raise UserError(f"{path}: not a saved synthesiser: make it again with {MAKER}")
+        raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
     if content.get("version") != VERSION:
         raise UserError(
             f"{path}: a synthesiser of version {content.get('version')}, but this code reads version {VERSION}: "
@@ -345,11 +337,16 @@ def read_synthesizer(content, path: Path) -> GraphWeightSynthesizer:
         raise UserError(f"{path}: a damaged synthesiser: make it again with {MAKER}") from error
     if not all(tensor.isfinite().all() for tensor in synthesizer.state_dict().values()):
         raise UserError(f"{path}: holds NaN or infinite weights: make it again with {MAKER}")
-    return synthesizer.eval()
+    return synthesizer.to(device).eval()
+
+
+def is_synthesizer(content) -> bool:
+    """Whether a loaded file is a synthesiser's, of whatever version."""
+    return isinstance(content, dict) and content.get("model") == GraphWeightSynthesizer.__name__
 
 
 class FlatSynthesizer(nn.Module):
-    """A synthesiser for one architecture with the interface of the diffusion models: flat weights in, flat weights out."""
+    """A synthesiser for one architecture with the interface of the diffusion models: flat weights in and out."""
 
     def __init__(self, synthesizer: GraphWeightSynthesizer, module: nn.Module):
         super().__init__()

@@ -1,0 +1,509 @@
+"""The universal synthesiser: reading graphs, equivariance, training, and the commands."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY, run
+from torch import nn
+
+import evaluate_generalization
+from diffusion_model import rollout
+from target_cnn import TargetCNN, UserError, flatten_weights, load_mnist, score
+from universal import GraphWeightSynthesizer, load_synthesizer, synthesize
+from universal.architectures import EVALUATED, TARGET_SHAPES, ResidualBlock, cnn, draw_architecture, mlp
+from universal.graph import ComputationGraph
+from universal.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
+
+TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
+
+
+class Functional(nn.Module):
+    """Everything in functional form, with a residual addition, and parameters that belong to no layer module."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(6, 1, 5, 5))
+        self.offset = nn.Parameter(torch.randn(6))
+        self.conv = nn.Conv2d(6, 6, 3, padding="same", dilation=2)
+        self.out = nn.Linear(6 * 7 * 7, 10)
+
+    def forward(self, images):
+        x = F.relu(F.conv2d(images, self.kernel, self.offset, stride=2, padding=2), inplace=True)
+        y = F.gelu(self.conv(x))
+        y += x
+        x = F.dropout(F.max_pool2d(y, 2), training=self.training)
+        return self.out(x.view(x.size(0), -1))
+
+
+class Residual(nn.Module):
+    """Two layers that share the channels of their outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, stride=2, padding=1)
+        self.inner = nn.Conv2d(8, 5, 3, padding=1)
+        self.back = nn.Conv2d(5, 8, 1)
+        self.out = nn.Linear(8 * 2 * 2, 10)
+
+    def forward(self, images):
+        x = self.stem(images).relu()
+        x = torch.add(x, self.back(torch.relu(self.inner(x))))
+        return self.out(F.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+# A network, and for each set of hidden neurons the layers that write them and those that read them.
+NETWORKS = {
+    "TargetCNN": (TargetCNN, [("conv1", "conv2"), ("conv2", "fc1"), ("fc1", "fc2")]),
+    "MLP": (lambda: mlp([20, 12]), [("1", "3"), ("3", "5")]),
+    "GELU, average pooling, even kernel": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 6, 4, stride=2), nn.GELU(), nn.AvgPool2d(2), nn.Dropout(), nn.Flatten(), nn.Linear(216, 9),
+            nn.GELU(), nn.Identity(), nn.Linear(9, 10),
+        ),
+        [("0", "5"), ("5", "8")],
+    ),
+    "three channels, no bias, dilation": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 3, dilation=2, bias=False), nn.ReLU(inplace=True), nn.Conv2d(6, 5, (3, 1), bias=False),
+            nn.ReLU(), nn.AdaptiveAvgPool2d((2, 2)), nn.Flatten(), nn.Linear(20, 10, bias=False),
+        ),
+        [("0", "2"), ("2", "6")],
+    ),
+    "classes from a convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ),
+        [("0", "2")],
+    ),
+    "residual": (Residual, [(("stem", "back"), ("inner", "out")), ("inner", "back")]),
+    "functional": (Functional, [(("conv", ("kernel", "offset")), ("conv", "out"))]),
+    "residual block": (
+        lambda: nn.Sequential(nn.Conv2d(1, 6, 3, 4), nn.ReLU(), ResidualBlock(6), nn.Flatten(), nn.Linear(294, 10)),
+        [(("0", "2.conv2"), ("2.conv1", "4")), ("2.conv1", "2.conv2")],
+    ),
+}  # fmt: skip
+
+
+def parameters_of(layer) -> tuple[str, str]:
+    return layer if isinstance(layer, tuple) else (f"{layer}.weight", f"{layer}.bias")
+
+
+def permuted(weights: dict, groups: list, seed: int) -> dict:
+    """The weights of the same function, with the neurons of each group in another order."""
+    weights = dict(weights)
+    generator = torch.Generator().manual_seed(seed)
+    for writers, readers in groups:
+        writers = [parameters_of(w) for w in (writers if isinstance(writers, tuple) else (writers,))]
+        readers = [parameters_of(r) for r in (readers if isinstance(readers, tuple) else (readers,))]
+        width = len(weights[writers[0][0]])
+        order = torch.randperm(width, generator=generator)
+        for names in writers:
+            weights |= {name: weights[name][order] for name in names if name in weights}
+        for name, _ in readers:
+            block = weights[name].shape[1] // width  # positions of the map that a linear layer reads
+            weights[name] = weights[name].unflatten(1, (width, block))[:, order].flatten(1, 2)
+    return weights
+
+
+@pytest.fixture(scope="module")
+def synthesizer() -> GraphWeightSynthesizer:
+    return load_synthesizer()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_mnist("test", REPOSITORY / "data")[:2000]
+
+
+# ---- reading graphs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_graph_computes_what_its_module_computes(name):
+    network = NETWORKS[name][0]().eval()
+    graph = ComputationGraph(network)
+    images = torch.randn(3, graph.channels, 28, 28)
+    own = network.state_dict()
+    logits = graph(images, lambda layer, x: layer(x, own[layer.weight], own.get(layer.bias)))
+    torch.testing.assert_close(logits, network(images))
+    assert graph.classes == 10
+    assert {layer.weight for layer in graph.layers} == {key for key, value in own.items() if value.dim() > 1}
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.out(images.flatten(1)) if images.sum() > 0 else self.out(-images.flatten(1))
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.out(self.conv(self.conv(images)).flatten(1))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gain, self.out = nn.Parameter(torch.ones(784)), nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.out(images.flatten(1) + self.gain)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(784, 10), nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.one(images.flatten(1)) + self.two(images.flatten(1))
+
+
+def after_conv(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(4 * 26 * 26, 10))
+
+
+@pytest.mark.parametrize(
+    ("network", "reason"),
+    [
+        (after_conv(nn.BatchNorm2d(4)), r"^_1: BatchNorm2d.* is not supported; supported: Conv2d"),
+        (after_conv(nn.Sigmoid()), r"^_1: Sigmoid"),
+        (after_conv(nn.Conv2d(4, 4, 1, groups=2)), r"^_1: more than one group"),
+        (after_conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"^_1: Conv2d.*circular"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.LogSoftmax(1)), r"^_2: LogSoftmax"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU()), r"^_2: the output must be"),
+        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), r"must be \[classes\]"),
+        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(2704, 10)), r"takes neither 1x28x28 nor 3x28x28"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), r"takes neither 1x28x28 nor 3x28x28"),
+        (Branching(), r"^Branching cannot be traced"),
+        (Shared(), r"^conv_1: uses conv.weight again"),
+        (Scaled(), r"^add|^gain"),
+        (TwoHeads(), r"^add: the output must be"),
+        (nn.Bilinear(784, 784, 10), "cannot be traced|not supported|more than the images"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_cannot_be_read_is_named(synthesizer, network, reason):
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=reason):
+        synthesizer.synthesize(network, seed=0)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_drawn_architectures_can_be_read_and_cover_the_kinds():
+    draw = random.Random(0)
+    seen = set()
+    with torch.device("meta"):
+        networks = [draw_architecture(draw, classes=10) for _ in range(200)]
+    for network in networks:
+        graph = ComputationGraph(network)
+        convolutions = sum(layer.is_convolution for layer in graph.layers)
+        assert convolutions <= 4
+        assert len(graph.layers) - convolutions <= 4
+        seen |= {f"{convolutions} convolutions", f"{len(graph.layers) - convolutions - 1} hidden"}
+        seen |= {type(module).__name__ for module in network.modules()} | {f"{graph.channels} channels"}
+        seen |= {f"kernel {layer.shape[-1]}" for layer in graph.layers if layer.is_convolution}
+        seen |= {"stride" for layer in graph.layers if layer.options.get("stride") == (2, 2)}
+        assert [tuple(p.shape) for p in network.parameters()] != TARGET_SHAPES
+    expected = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "ResidualBlock", "GELU", "ReLU", "stride", "3 channels"}
+    expected |= {f"{n} convolutions" for n in range(5)} | {f"{n} hidden" for n in range(4)}
+    assert expected | {f"kernel {n}" for n in range(1, 8)} <= seen
+
+
+def test_the_sampler_never_returns_a_target_cnn(monkeypatch):
+    draws = iter([TargetCNN(), TargetCNN(), mlp([20])])
+    monkeypatch.setattr("universal.architectures.draw_once", lambda draw, classes: next(draws))
+    assert not isinstance(draw_architecture(random.Random(0), 10), TargetCNN)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_permuted_neurons_are_written_permuted(name, step):
+    build, groups = NETWORKS[name]
+    synthesizer = load_synthesizer().double()
+    graph = ComputationGraph(build())
+    weights = {key: value.double() for key, value in random_weights(graph, 0).items()}
+    with torch.no_grad():
+        straight = permuted(synthesizer(graph, weights, step), groups, seed=1)
+        crossed = synthesizer(graph, permuted(weights, groups, seed=1), step)
+        other = synthesizer(graph, {key: value.double() for key, value in random_weights(graph, 1).items()}, step)
+    for key in weights:
+        torch.testing.assert_close(crossed[key], straight[key], rtol=1e-6, atol=1e-8)
+    assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in weights)  # it reads the init
+
+
+def test_synthesize_fills_the_module_in_place(synthesizer):
+    network = TargetCNN()
+    keys, parameters = list(network.state_dict()), list(network.parameters())
+    assert synthesizer.synthesize(network, seed=3) is network
+    assert list(network.state_dict()) == keys
+    assert all(one is other for one, other in zip(network.parameters(), parameters, strict=True))
+    assert all(parameter.requires_grad and not parameter.is_inference() for parameter in network.parameters())
+    same, other = (flatten_weights(synthesizer.synthesize(TargetCNN(), seed=seed)) for seed in (3, 4))
+    assert torch.equal(flatten_weights(network), same)
+    assert not torch.allclose(same, other)
+
+
+def test_without_a_seed_the_module_s_own_weights_are_the_init(synthesizer):
+    torch.manual_seed(5)
+    network = mlp([20])
+    again = mlp([20])
+    again.load_state_dict(network.state_dict())
+    one, other = synthesizer.synthesize(network), synthesizer.synthesize(again)
+    assert torch.equal(flatten_weights(one), flatten_weights(other))
+
+
+def test_nan_and_too_many_classes_are_refused(synthesizer):
+    network = mlp([20])
+    with torch.no_grad():
+        network[1].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"1\.weight: holds NaN"):
+        synthesizer.synthesize(network)
+    with pytest.raises(ValueError, match="has 11 classes, but the synthesiser knows 10"):
+        synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
+
+
+@pytest.mark.parametrize(("name", "least"), [("TargetCNN", 97.5), ("MLP 784-256-128-10", 95.5)])
+def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
+    network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
+    assert score(network, digits).accuracy_percent > least
+
+
+def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):
+    few = digits[digits.labels < 5]
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 13 * 13, 5))
+    synthesizer.synthesize(network, seed=0)
+    assert score(network, few._replace(images=few.images.expand(-1, 3, -1, -1))).accuracy_percent > 95
+
+
+def test_it_takes_the_diffusion_model_s_place(synthesizer):
+    generator = evaluate_generalization.load_generator(SYNTHESIZER, 421_642, torch.device("cpu"))
+    inits = torch.stack([evaluate_generalization.random_init(seed) for seed in (1, 2)])
+    states = rollout(generator, inits, 2)
+    assert states.shape == (3, 2, 421_642)
+    torch.manual_seed(2)
+    torch.testing.assert_close(states[1, 1], flatten_weights(synthesizer.synthesize(TargetCNN())))
+
+
+# ---- its file -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
+        (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "not a saved synthesiser"),
+        (lambda path: resave(path, version=99), "of version 99"),
+        (lambda path: resave(path, settings={"probes": 10}), "a damaged synthesiser"),
+        (lambda path: resave(path, state_dict={}), "a damaged synthesiser"),
+        (lambda path: path.unlink(), "no such file: run python -m universal.train"),
+    ],
+    ids=["truncated", "foreign", "version", "settings", "weights", "missing"],
+)
+def test_a_broken_synthesiser_file_is_refused(tmp_path, spoil, reason):
+    path = tmp_path / "synthesizer.pth"
+    save_synthesizer(GraphWeightSynthesizer(probes=20), path)
+    load_synthesizer(path)
+    spoil(path)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))}: .*{reason}"):
+        load_synthesizer(path)
+
+
+def resave(path: Path, **changes) -> None:
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def test_nan_in_a_synthesiser_file_is_refused(tmp_path):
+    synthesizer = GraphWeightSynthesizer(probes=20)
+    with torch.no_grad():
+        synthesizer.probes[0] = float("nan")
+    save_synthesizer(synthesizer, tmp_path / "nan.pth")
+    with pytest.raises(UserError, match=r"nan\.pth: holds NaN"):
+        load_synthesizer(tmp_path / "nan.pth")
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments, launcher: tuple = (), **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=170,
+        **settings,
+    )  # fmt: skip
+
+
+def files(directory: Path, name: str) -> list:
+    return ["--out", directory / f"{name}.pth", "--checkpoint", directory / f"{name}_training.pth"]
+
+
+def state(directory: Path, name: str) -> dict:
+    return torch.load(directory / f"{name}.pth", weights_only=True)["state_dict"]
+
+
+def test_training_improves_and_goes_on_after_a_kill_bit_for_bit(tmp_path):
+    options = [*TRAINING, "--steps", 40, "--report-every", 10, "--lr", 2e-3]
+    whole = command(*options, *files(tmp_path, "whole"))
+    assert whole.returncode == 0, whole.stderr
+    losses = [float(loss) for loss in re.findall(r"Loss = (\d+\.\d+)", whole.stdout)]
+    assert len(losses) == 4
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(re.findall(r"Validation Accuracy = +\d+\.\d+% \(TargetCNN\).*Time Left = \d", whole.stdout)) == 4
+
+    killed = [sys.executable, *map(str, [*options, *files(tmp_path, "killed")])]
+    with subprocess.Popen(killed, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("Step 30/40"):  # the state of step 20 is saved, that of step 30 may be
+                process.send_signal(signal.SIGKILL)
+    assert not (tmp_path / "killed.pth").exists()
+    other = command(*options, *files(tmp_path, "killed"), "--batch-size", 16)
+    assert other.returncode == 2
+    assert other.stderr.count("\n") == 1
+    assert "other options" in other.stderr
+    resumed = command(*options, *files(tmp_path, "killed"))
+    assert re.search(r"Going on from step [23]0", resumed.stdout)
+    expected, found = state(tmp_path, "whole"), state(tmp_path, "killed")
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    assert not (tmp_path / "killed_training.pth").exists()
+
+
+def test_a_broken_training_state_is_refused_and_kept(tmp_path):
+    path = tmp_path / "run_training.pth"
+    torch.save({"settings": 1}, path)
+    result = command(*TRAINING, "--steps", 2, *files(tmp_path, "run"))
+    assert result.returncode == 2
+    assert f"{path}: " in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert path.exists()
+
+
+def test_two_processes_train_together(tmp_path):
+    options = [*TRAINING, "--steps", 3, "--report-every", 3]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    both = command(*options, *files(tmp_path, "both"), launcher=launcher)
+    assert both.returncode == 0, both.stderr
+    assert "processes: 2" in both.stdout
+    assert both.stdout.count("Step 3/3") == 1  # one process reports
+    alone = command(*options, *files(tmp_path, "alone"))
+    assert alone.returncode == 0, alone.stderr
+    found, expected = state(tmp_path, "both"), state(tmp_path, "alone")
+    assert not torch.equal(found["probes"], expected["probes"])  # the other process's gradients are in it
+    assert (found["probes"] - expected["probes"]).abs().max() < 1  # from the same start
+
+
+# ---- the commands ---------------------------------------------------------------------------------------------------
+
+NET = """
+from torch import nn
+from helper import WIDTH
+
+class Net(nn.Sequential):
+    def __init__(self, classes=10):
+        super().__init__(nn.Flatten(), nn.Linear(784, WIDTH), nn.ReLU(), nn.Linear(WIDTH, classes))
+
+def eleven():
+    return Net(11)
+
+def number():
+    return 3
+
+def norm():
+    return nn.Sequential(nn.BatchNorm2d(1), Net())
+"""
+
+
+@pytest.fixture
+def own_file(tmp_path, monkeypatch) -> Path:
+    """A person's own file, which imports another beside it."""
+    (tmp_path / "helper.py").write_text("WIDTH = 24\n")
+    path = tmp_path / "my_net.py"
+    path.write_text(NET)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return path
+
+
+def test_synthesize_writes_weights_that_load(own_file):
+    directory = own_file.parent
+    result = command(
+        "-m", "universal.synthesize", "--model", f"{own_file}:Net", "--out", directory / "w.pth", "--count", 2,
+        "--evaluate", "--validation", 1000, "--seed", 7, "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    accuracies = [float(value) for value in re.findall(r"Accuracy = (\d+\.\d+)%", result.stdout)]
+    assert len(accuracies) == 2
+    assert min(accuracies) > 75
+    states = [torch.load(directory / f"w_{index}.pth", weights_only=True) for index in (1, 2)]
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 24), nn.ReLU(), nn.Linear(24, 10))
+    network.load_state_dict(states[0])
+    assert not torch.equal(states[0]["1.weight"], states[1]["1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("target_cnn", "give module:name or file.py:name"),
+        ("nowhere:Net", "nowhere cannot be imported"),
+        ("nowhere.py:Net", "nowhere.py is no file"),
+        ("target_cnn:Nothing", "has no callable Nothing"),
+        ("{file}:Nothing", "has no callable Nothing"),
+        ("{file}:number", "gives a int, not a torch.nn.Module"),
+        ("{file}:eleven", "has 11 classes"),
+        ("{file}:norm", "BatchNorm2d"),
+        ("target_cnn:load_weights", "cannot be built without arguments"),
+    ],
+)
+def test_a_wrong_model_gets_one_line_and_nothing_is_written(own_file, refusal, model, reason):
+    out = own_file.parent / "w.pth"
+    line = refusal(synthesize.main, "--model", model.replace("{file}", str(own_file)), "--out", out)
+    assert reason in line
+    assert not out.exists()
+
+
+def test_a_wrong_synthesiser_gets_one_line(tmp_path, refusal):
+    path = tmp_path / "s.pth"
+    path.write_bytes(b"nothing")
+    options = ("--model", "target_cnn:TargetCNN", "--out", tmp_path / "w.pth", "--synthesizer", path)
+    assert f"{path}: " in refusal(synthesize.main, *options)
+
+
+def test_evaluate_prints_its_tables_and_saves_everything(tmp_path):
+    result = command(
+        "-m", "universal.evaluate", "--inits", 2, "--starts", 2, "--steps", 2, "--epochs", 0, "--validation", 500,
+        "--plot", tmp_path / "u.png", "--results", tmp_path / "u.json", "--device", "cpu",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    for name in [*EVALUATED, "step 2", "ensemble of 2"]:
+        assert name in result.stdout
+    assert (tmp_path / "u.png").stat().st_size > 10_000
+    assert (tmp_path / "u.json").exists()
+
+
+def test_evaluate_generalization_finds_new_networks(experiment, tmp_path):
+    result = run(
+        "evaluate_generalization.py", "--model", SYNTHESIZER, "--checkpoints", experiment / "checkpoints_weights_cnn",
+        "--inits", 2, "--steps", 1, "--reference-epochs", 0, "--validation", 1000, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Verdict: generates new networks" in result.stdout
+
+
+def test_a_wide_and_a_deep_network_are_built_as_named():
+    assert len(ComputationGraph(cnn([16, 32, 32, 32, 32], 64)).layers) == 7
+    residual = ComputationGraph(EVALUATED["residual network of 6 convolutions"]())
+    assert sum(layer.is_convolution for layer in residual.layers) == 6
