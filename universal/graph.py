@@ -106,7 +106,8 @@ class ComputationGraph:
             elif node.op == "call_module":
                 values[node] = self.module.get_submodule(node.target)(*args, **kwargs)
             elif node.op == "call_method":
-                values[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+                method = "reshape" if node.target == "view" else node.target  # activations may lie channels-last
+                values[node] = getattr(args[0], method)(*args[1:], **kwargs)
             else:
                 values[node] = node.target(*args, **kwargs)
         raise AssertionError("a traced graph ends in an output node")
