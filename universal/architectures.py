@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from target_cnn import TargetCNN
 from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 
-MOST_MULTIPLICATIONS = 16e6  # per image, of a drawn network: a TargetCNN has 7.9 million
+MOST_MULTIPLICATIONS = 16e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_FEATURES = 6272  # values of an image that reach the first linear layer: twice a TargetCNN's
+PLAIN = 0.65  # share of networks of the plainest kind
 TARGET_SHAPES = [tuple(tensor.shape) for tensor in TargetCNN().state_dict().values()]
 
 
@@ -45,33 +46,36 @@ def log_uniform(draw: random.Random, low: int, high: int) -> int:
 
 
 def draw_once(draw: random.Random, classes: int) -> nn.Module:
-    channels = draw.choices(IMAGE_CHANNELS, [9, 1])[0]
-    convolutions = draw.choice([0, 0, 0, 1, 2, 2, 2, 3, 3, 4])
-    activation = draw.choices([nn.ReLU, nn.GELU], [5, 1])[0]
+    plain = draw.random() < PLAIN  # as most people build them: the rest have everything that is supported
+    channels = 1 if plain else draw.choices(IMAGE_CHANNELS, [7, 3])[0]
+    convolutions = draw.choice([0, 0, 0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 4])
+    activation = nn.ReLU if plain else draw.choices([nn.ReLU, nn.GELU], [2, 1])[0]
     layers: list[nn.Module] = []
     side, multiplications = IMAGE_SIDE, 0
     while convolutions > 0:
         if layers and convolutions >= 2 and draw.random() < 0.3:
-            kernel = draw.choice([3, 3, 5])
+            kernel = 3 if plain else draw.choice([3, 5])
             layers.append(ResidualBlock(channels, kernel))
             multiplications += 2 * (channels * kernel * side) ** 2
             convolutions -= 2
         else:
             width = log_uniform(draw, 8, 64)
-            kernel = draw.choices(range(1, 8), [1, 1, 8, 1, 4, 1, 1])[0]
-            stride = draw.choices([1, 2], [9, 1])[0] if side > 7 else 1
-            padding = draw.choices([kernel // 2, 0], [4, 1])[0] if side > 7 else kernel // 2
+            kernel = draw.choice([3, 3, 3, 5]) if plain else draw.randint(1, 7)
+            stride, padding = 1, kernel // 2
+            if side > 7 and not plain:
+                stride = draw.choices([1, 2], [3, 1])[0]
+                padding = draw.choices([kernel // 2, 0], [2, 1])[0]
             layers.append(nn.Conv2d(channels, width, kernel, stride, padding))
             side = (side + 2 * padding - kernel) // stride + 1
             multiplications += channels * width * (kernel * side) ** 2
             channels = width
             convolutions -= 1
             layers.append(activation())
-        if side > 7 and draw.random() < 0.85:
-            pooling = draw.choices([nn.MaxPool2d, nn.AvgPool2d], [4, 1])[0](2)
-            layers.insert(len(layers) - draw.choice([0, isinstance(layers[-1], activation)]), pooling)
+        if side > 7 and draw.random() < 0.9:
+            pooling = nn.MaxPool2d if plain else draw.choice([nn.MaxPool2d, nn.AvgPool2d])
+            layers.insert(len(layers) - draw.choice([0, isinstance(layers[-1], activation)]), pooling(2))
             side //= 2
-    if layers and draw.random() < 0.15:
+    if layers and not plain and draw.random() < 0.3:
         side = draw.randint(1, 4)
         layers.append(nn.AdaptiveAvgPool2d(side))
     if channels * side**2 > MOST_FEATURES or multiplications > MOST_MULTIPLICATIONS:

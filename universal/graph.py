@@ -5,6 +5,7 @@ run layer by layer with weights that come from outside, which is how a generator
 the activations that reach it are already those of the generated layers before it.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from typing import NamedTuple
@@ -41,12 +42,19 @@ class Layer(NamedTuple):
     bias: str | None
     shape: tuple[int, ...]  # of the weight
     options: dict  # stride, padding and dilation of a convolution; empty for a linear layer
+    grid: tuple[int, int]  # height and width of the kernel, or of the maps that a linear layer reads flattened
     depth: int  # how many layers the images have passed before this one, on the longest way
+    sources: tuple[str | None, ...]  # the layers whose outputs, added up, are its inputs; None for the images
     last: bool  # whether its outputs are the classes
 
     @property
     def is_convolution(self) -> bool:
         return len(self.shape) == 4
+
+    @property
+    def channels(self) -> int:
+        """How many channels the layer reads: its inputs are their values at the positions of the grid."""
+        return math.prod(self.shape[1:]) // math.prod(self.grid)
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's outputs for `inputs`, with these parameters."""
@@ -80,10 +88,19 @@ class ComputationGraph:
         self._read()
         self._measure()
 
-    def __call__(self, images: Tensor, apply: Callable[[Layer, Tensor], Tensor]) -> Tensor:
+    def run(self, images: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        """The logits [N, classes] of images [N, channels, 28, 28], with these weights, by name."""
+        return self(images, lambda layer, inputs: layer(inputs, weights[layer.weight], weights.get(layer.bias)))
+
+    def __call__(
+        self,
+        images: Tensor,
+        apply: Callable[[Layer, Tensor], Tensor],
+        shapes: dict[fx.Node, torch.Size] | None = None,
+    ) -> Tensor:
         """The logits [N, classes] of images [N, channels, 28, 28], each layer computed by `apply(layer, inputs)`.
 
-        Dropout is off.
+        Dropout is off. Into `shapes` goes the shape of every activation.
         """
         values: dict[fx.Node, object] = {}
         for node in self.nodes:
@@ -110,6 +127,8 @@ class ComputationGraph:
                 values[node] = getattr(args[0], method)(*args[1:], **kwargs)
             else:
                 values[node] = node.target(*args, **kwargs)
+            if shapes is not None and isinstance(values[node], Tensor):
+                shapes[node] = values[node].shape
         raise AssertionError("a traced graph ends in an output node")
 
     def weights(self) -> dict[str, Tensor]:
@@ -123,10 +142,13 @@ class ComputationGraph:
     def _read(self) -> None:
         """Find the layers, and refuse what cannot be read."""
         depth: dict[fx.Node, int] = {}
+        sources: dict[fx.Node, tuple] = {}
         for node in self.nodes:
             before = max((depth[source] for source in node.all_input_nodes), default=0)
-            layer = self._read_layer(node, before)
+            reached = tuple(dict.fromkeys(name for source in node.all_input_nodes for name in sources[source]))
+            layer = self._read_layer(node, before, reached)
             depth[node] = before + (layer is not None)
+            sources[node] = (layer.name,) if layer else (None,) if node.op == "placeholder" else reached
             if layer is not None:
                 if layer.weight in {earlier.weight for earlier in self.layers}:
                     raise ValueError(f"{node.name}: uses {layer.weight} again; shared weights are not supported")
@@ -162,7 +184,7 @@ class ComputationGraph:
             str(self.module.get_submodule(node.target)) if node.op == "call_module" else getattr(kind, "__name__", kind)
         )
 
-    def _read_layer(self, node: fx.Node, depth: int) -> Layer | None:
+    def _read_layer(self, node: fx.Node, depth: int, sources: tuple) -> Layer | None:
         """The layer that a node computes, if it does."""
         kind = self._kind(node)
         if kind in (nn.Conv2d, nn.Linear):
@@ -182,10 +204,10 @@ class ComputationGraph:
             return None
         shape = tuple(self.parameters[names[0]].shape)
         if kind is nn.Linear:
-            return Layer(node.name, *names, shape, {}, depth, last=False)
+            return Layer(node.name, *names, shape, {}, (1, 1), depth, sources, last=False)
         if settings.pop("groups") != 1:
             raise ValueError(f"{node.name}: more than one group is not supported; supported: {SUPPORTED}")
-        return Layer(node.name, *names, shape, settings, depth, last=False)
+        return Layer(node.name, *names, shape, settings, shape[2:], depth, sources, last=False)
 
     def _find_last(self, output: fx.Node) -> None:
         """Mark the layer whose outputs are the classes."""
@@ -205,12 +227,13 @@ class ComputationGraph:
 
     def _measure(self) -> None:
         """Find the input channels and the classes, and refuse shapes that do not fit, on tensors without data."""
-        reasons = []
+        reasons, shapes = [], {}
         for self.channels in IMAGE_CHANNELS:
             try:
                 logits = self(
                     torch.empty(2, self.channels, IMAGE_SIDE, IMAGE_SIDE, device="meta"),
                     lambda layer, inputs: layer(inputs, torch.empty(layer.shape, device="meta")),
+                    shapes,
                 )
                 break
             except (RuntimeError, ValueError) as error:
@@ -218,9 +241,41 @@ class ComputationGraph:
         else:
             sizes = " nor ".join(f"{channels}x{IMAGE_SIDE}x{IMAGE_SIDE}" for channels in IMAGE_CHANNELS)
             raise ValueError(f"{type(self.module).__name__} takes neither {sizes} images: {reasons[0]}")
+        self._find_grids(shapes)
         self.classes = self.last.shape[0]
         if logits.shape != (2, self.classes):
             raise ValueError(f"the output has shape {[*logits.shape[1:]]} per image; it must be [classes]")
+
+    def _find_grids(self, shapes: dict[fx.Node, torch.Size]) -> None:
+        """Tell every linear layer the height and width of the maps that were flattened for it.
+
+        Raises ValueError where activations were reshaped in another way, so that a layer's channels are not those of
+        the layers that it reads.
+        """
+        grids: dict[fx.Node, tuple[int, int]] = {}
+        for node in self.nodes:
+            if node in shapes:
+                sources = [source for source in node.all_input_nodes if source in grids]
+                layer = self._layer_of.get(node)
+                if layer is not None and not layer.is_convolution:
+                    if len(shapes[node]) != 2:
+                        raise ValueError(f"{node.name}: its inputs must be flattened to [images, features]")
+                    changed = layer._replace(grid=grids[sources[0]])
+                    self._layer_of[node] = self.layers[self.layers.index(layer)] = changed
+                    grids[node] = (1, 1)
+                elif len(shapes[node]) == 4:
+                    grids[node] = tuple(shapes[node][2:])
+                else:
+                    grids[node] = grids[sources[0]]
+        outputs = {None: self.channels} | {layer.name: layer.shape[0] for layer in self.layers}
+        for layer in self.layers:
+            for source in layer.sources:
+                if outputs[source] not in (1, layer.channels):
+                    name = source or "the image"
+                    raise ValueError(
+                        f"{layer.name}: reads {layer.channels} channels, but {name} has {outputs[source]}: "
+                        "of all reshaping only flattening is supported"
+                    )
 
     @property
     def last(self) -> Layer:

@@ -3,13 +3,15 @@
 Design document, sections 4.1.1 and 4.1.3. A graph is written layer by layer, from the images to the classes:
 
 - **Probes.** A few learned images run through the network as it is written, so every layer knows what reaches it.
-- **Reading.** A hidden neuron is known only by its own random weights: by their response to the probes (linear layers)
-  or by their products with keys that describe the input channels (convolutions). The neurons of a layer then see each
-  other, by attention. Permuted neurons are therefore written permuted, and no single network can be recited.
-- **Writing.** Convolutions are bilinear in the neuron's code and the dual keys of its inputs, K (K^T K / n + r I)^-1,
-  which turn a sum over n random inputs into a quadrature. Linear layers are the ridge regression, on the features that
-  the probes have there, onto targets: of learned concepts, mixed by the neuron's code, and in the last layer of the
-  learned labels of the probes. The probes' responses of every hidden neuron are then standardised.
+- **Reading.** A hidden neuron is known only by its own random weights: by their products with the keys of the neurons
+  that it reads and, in linear layers, by their responses to the probes. The neurons of a layer then see each other, by
+  attention. Permuted neurons are therefore written permuted, and no single network can be recited. What the random
+  weights of the first layer sum up to, over its neurons, makes the network's variant, which all its layers know.
+- **Writing.** A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1,
+  which turn a sum over n random inputs into a quadrature, with functions of the position in the kernel or the map.
+  Linear layers add the ridge regression, on what the probes are there, of learned concepts of the probes, mixed by the
+  neuron's code, and in the last layer of the learned labels of the probes. The responses of every hidden neuron to the
+  probes are then standardised.
 """
 
 import math
@@ -26,7 +28,11 @@ SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
 MAKER = "python -m universal.train"
 VERSION = 1
 FREQUENCIES = 7  # cosines along each side of a kernel
-GRID = 4  # a channel's response to a probe is described on GRID x GRID cells
+# Positive numbers that depend on the layer, and the logarithms of what they start as.
+SCALARS = {
+    "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": -2.0, "class_share": -2.0,
+    "logit_scale": 0.5,
+}  # fmt: skip
 
 
 class AcrossNeurons(nn.Module):
@@ -44,14 +50,16 @@ class AcrossNeurons(nn.Module):
 class GraphWeightSynthesizer(nn.Module):
     """(architecture graph, current weights, step) -> new weights, equivariant to permutations of hidden neurons.
 
-    `probes` is the number of learned images, `classes` the most that a network may have, `dimension` the size of a
-    neuron's embedding, `concepts` that of the space in which hidden linear neurons get their targets, `rank` the number
-    of mixed position functions in a kernel, `hidden` the width of every MLP.
+    `probes` is the number of learned images, of which networks with convolutions, where each costs more, only see the
+    first `convolution_probes`; `classes` the most that a network may have, `dimension` the size of a neuron's
+    embedding, `concepts` that of the space in which hidden linear neurons get their targets, `rank` the number of mixed
+    position functions in a kernel, `hidden` the width of every MLP.
     """
 
     def __init__(
         self,
-        probes: int = 100,
+        probes: int = 300,
+        convolution_probes: int = 64,
         classes: int = 10,
         dimension: int = 96,
         concepts: int = 96,
@@ -60,11 +68,11 @@ class GraphWeightSynthesizer(nn.Module):
     ):
         super().__init__()
         self.settings = {
-            "probes": probes, "classes": classes, "dimension": dimension, "concepts": concepts, "rank": rank,
-            "hidden": hidden,
+            "probes": probes, "convolution_probes": convolution_probes, "classes": classes, "dimension": dimension,
+            "concepts": concepts, "rank": rank, "hidden": hidden,
         }  # fmt: skip
         self.seconds: dict[str, float] = {}  # what making it cost, as the diffusion models have it
-        self.rank = rank
+        self.convolution_probes, self.dimension, self.rank = convolution_probes, dimension, rank
 
         def mlp(inputs: int, outputs: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
@@ -76,38 +84,36 @@ class GraphWeightSynthesizer(nn.Module):
         self.probes = nn.Parameter(torch.randn(probes, 1, IMAGE_SIDE, IMAGE_SIDE))
         self.labels = nn.Parameter(torch.randn(probes, classes))
         self.concepts = nn.Parameter(torch.randn(probes, concepts))
-        self.log_ridge, self.log_temperature = nn.Parameter(torch.tensor(-4.0)), nn.Parameter(torch.tensor(2.0))
 
         # What a layer is.
-        self.describe_layer = mlp(11, dimension)
+        self.describe_layer = mlp(12, dimension)
         functions = FREQUENCIES**2
         self.read_functions, self.read_functions_always = mlp(functions + dimension, rank), nn.Linear(functions, rank)
         self.write_functions, self.write_functions_always = mlp(functions + dimension, rank), nn.Linear(functions, rank)
-        self.key_ridge, self.concept_ridge = nn.Linear(dimension, 1), nn.Linear(dimension, 1)
         self.concept_scale = mlp(dimension, concepts)
-        for start_at_zero in (self.key_ridge, self.concept_ridge, self.concept_scale[-1]):
+        self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
+        for start_at_zero in (*self.scalars.values(), self.concept_scale[-1]):
             nn.init.zeros_(start_at_zero.weight)
             nn.init.zeros_(start_at_zero.bias)
 
-        # What an input channel is.
-        self.image_keys = nn.Parameter(torch.randn(max(IMAGE_CHANNELS), dimension))
-        cells = probes * GRID**2
-        self.read_maps = nn.Parameter(torch.randn(cells, dimension) / math.sqrt(cells))
-        self.key = nn.Sequential(nn.LayerNorm(dimension), normalised_mlp(dimension, dimension))
-
-        # What a neuron is.
-        self.read_responses = nn.Parameter(torch.randn(probes, dimension) / math.sqrt(probes))
+        # What a neuron is, what it is to those that read it, and what the neurons of a first layer are together.
         self.read_kernels = nn.Linear(rank * dimension, dimension, bias=False)
+        self.read_responses = nn.Parameter(torch.randn(probes, dimension) / math.sqrt(probes))
         self.read_norm = nn.LayerNorm(dimension)
         self.embed = mlp(2 * dimension + 1, dimension)
         self.embed_more = nn.Sequential(nn.LayerNorm(dimension), mlp(dimension, dimension))
         self.attend_norm, self.attend = nn.LayerNorm(dimension), nn.MultiheadAttention(dimension, 4, batch_first=True)
         self.neuron_norm = AcrossNeurons()
+        self.image_keys = nn.Parameter(torch.randn(max(IMAGE_CHANNELS), dimension))
+        self.key = normalised_mlp(2 * dimension, dimension)
+        self.variant = mlp(dimension, dimension)
 
         # What is written for it.
-        self.kernel_code = nn.Sequential(
-            normalised_mlp(2 * dimension, dimension), nn.Linear(dimension, rank * dimension, bias=False)
-        )
+        self.code = normalised_mlp(2 * dimension, dimension)
+        self.classes = nn.Parameter(torch.randn(classes, dimension))
+        self.class_code = nn.Sequential(mlp(2 * dimension, dimension), nn.LayerNorm(dimension))
+        self.write_kernels = nn.Linear(dimension, rank * dimension, bias=False)
+        self.write_maps = nn.Linear(dimension, rank * dimension, bias=False)
         self.concept_code = normalised_mlp(2 * dimension, concepts)
         self.bias = mlp(2 * dimension, 1)
 
@@ -133,107 +139,140 @@ class GraphWeightSynthesizer(nn.Module):
                 f"{graph.last.name}: has {graph.classes} classes, but the synthesiser knows {self.labels.shape[1]}"
             )
         written: dict[str, Tensor] = {}
+        keys: dict[str | None, Tensor] = {None: self.image_keys[: graph.channels]}
+        variant: Tensor | None = None
 
         def write(layer: Layer, inputs: Tensor) -> Tensor:
+            """The probes' responses to the layer, once it is written."""
+            nonlocal variant
+            about = self.about(layer, graph, inputs, step)
+            read_keys = sum(keys[source] for source in layer.sources)
+            features = None if layer.is_convolution else inputs - inputs.mean(0)
+            if not layer.last:
+                reading = self.read(layer, read_keys, weights[layer.weight], about, features)
+                if variant is None:
+                    variant = 0.5 * self.variant(F.layer_norm(reading.sum(0), reading.shape[1:]))
+            if variant is not None:
+                about = about + variant
             if layer.last:
-                weight, bias = self.write_classes(layer, inputs)
-                responses = inputs.new_zeros(layer(inputs[:1], weight).shape).expand(
-                    len(inputs), *[-1] * (inputs.dim() - 1)
-                )
+                weight, bias = self.write_classes(layer, read_keys, about, features), 0.0
             else:
-                weight, bias, responses = self.write_hidden(
-                    layer,
-                    inputs,
-                    weights[layer.weight],
-                    weights.get(layer.bias),
-                    self.about(layer, graph, inputs, step),
-                )
-            written[layer.weight] = weight
+                neurons = self.neurons(reading, weights.get(layer.bias), about)
+                keys[layer.name] = self.key(neurons)
+                weight, bias = self.write_hidden(layer, read_keys, neurons, about, features)
+            scale, mean, responses = self.standardise(layer, inputs, weight, about)
+            written[layer.weight] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
             if layer.bias:
-                written[layer.bias] = bias
-            return responses
+                written[layer.bias] = bias - mean * scale
+            return (responses + (bias if layer.bias else mean * scale)).movedim(-1, 1)
 
-        probes = self.probes.expand(-1, graph.channels, -1, -1)
-        graph(probes.to(memory_format=torch.channels_last), write)
+        convolutional = any(layer.is_convolution for layer in graph.layers)
+        probes = self.probes[: self.convolution_probes if convolutional else None]
+        graph(probes.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last), write)
         return written
 
     def about(self, layer: Layer, graph: ComputationGraph, inputs: Tensor, step: int) -> Tensor:
         """What a layer is, [dimension]."""
         dilation, stride = (torch.tensor(layer.options.get(name, 1)).float().mean() for name in ("dilation", "stride"))
         about = [
-            layer.is_convolution, layer.depth == 0, layer.depth / 4, (graph.last.depth - layer.depth) / 4,
-            math.log(layer.shape[1]) / 5, math.log(layer.shape[0]) / 5, math.log(math.prod(layer.shape[2:])) / 3,
-            math.log(inputs.shape[-1]) / 3 if layer.is_convolution else 0, step > 0, dilation.log(), stride.log(),
+            layer.is_convolution, layer.depth == 0, layer.last, step > 0, layer.depth / 4,
+            (graph.last.depth - layer.depth) / 4, math.log(layer.channels) / 5, math.log(layer.shape[0]) / 5,
+            math.log(math.prod(layer.grid)) / 3, math.log(inputs.shape[-1]) / 3 if layer.is_convolution else 0,
+            dilation.log(), stride.log(),
         ]  # fmt: skip
         return self.describe_layer(torch.tensor([float(value) for value in about]).to(inputs))
 
-    def write_hidden(
-        self, layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None, about: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The new weight and bias of a hidden layer, and the probes' responses to it."""
-        about_each = about.expand(layer.shape[0], -1)
-        if layer.is_convolution:
-            keys = self.keys(layer, inputs)
-            functions = position_functions(*layer.shape[2:]).to(inputs)
-            about_positions = torch.cat([functions, about.expand(len(functions), -1)], 1)
-            read = unit_rms(self.read_functions(about_positions) + self.read_functions_always(functions))
-            products = torch.einsum("oir,id->ord", weight.flatten(2) @ read, keys)
-            reading = self.read_kernels(products.flatten(1))
-        else:
-            features = inputs - inputs.mean(0)
-            responses = features @ weight.T
-            responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-12)
-            reading = responses.T @ self.read_responses
-        bias = reading.new_zeros(layer.shape[0]) if bias is None else bias - bias.mean()
+    def read(self, layer: Layer, keys: Tensor, weight: Tensor, about: Tensor, features: Tensor | None) -> Tensor:
+        """What the current `weight` says about each neuron, [neurons, dimension].
+
+        `keys` [channels, dimension] tell the channels that the neurons read, and `features` [probes, inputs] of a
+        linear layer what the probes are there.
+        """
+        functions = self.mixed_functions(layer, about, self.read_functions, self.read_functions_always)
+        products = torch.einsum("oir,id->ord", weight.reshape(len(weight), layer.channels, -1) @ functions, keys)
+        reading = F.layer_norm(self.read_kernels(products.flatten(1)), [self.dimension])
+        if features is None:
+            return reading
+        responses = features @ weight.T
+        responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-12)
+        return reading + F.layer_norm(responses.T @ self.read_responses[: len(responses)], [self.dimension])
+
+    def neurons(self, reading: Tensor, bias: Tensor | None, about: Tensor) -> Tensor:
+        """What each neuron of a hidden layer is, and what the layer is, [neurons, 2 * dimension]."""
+        bias = reading.new_zeros(len(reading)) if bias is None else bias - bias.mean()
         bias = bias * torch.rsqrt(bias.square().mean() + 1e-12)
-        neurons = self.embed(torch.cat([self.read_norm(reading), bias[:, None], about_each], 1))
+        about = about.expand(len(reading), -1)
+        neurons = self.embed(torch.cat([self.read_norm(reading), bias[:, None], about], 1))
         neurons = neurons + self.embed_more(neurons)
         normalised = self.attend_norm(neurons)[None]
         neurons = self.neuron_norm(neurons + self.attend(normalised, normalised, normalised, need_weights=False)[0][0])
-        neurons = torch.cat([neurons, about_each], 1)
+        return torch.cat([neurons, about], 1)
 
+    def write_hidden(
+        self, layer: Layer, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The new weight of a hidden layer, of any scale, and the bias of its standardised responses."""
+        weight = self.bilinear(layer, keys, self.code(neurons), about)
+        if features is not None:
+            concepts = F.layer_norm(self.concepts[: len(features)], self.concepts.shape[1:])
+            concepts = concepts * self.concept_scale(about).exp()
+            ridge = self.scalar("concept_ridge", about)
+            fitted = ridge_regression(features, concepts @ self.concept_code(neurons).T, ridge)
+            share = self.scalar("concept_share", about)
+            weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
+        return weight, 0.3 * self.bias(neurons)[:, 0]
+
+    def write_classes(self, layer: Layer, keys: Tensor, about: Tensor, features: Tensor | None) -> Tensor:
+        """The new weight of the last layer, of any scale."""
+        classes = F.layer_norm(self.classes[: layer.shape[0]], [self.dimension])
+        codes = self.class_code(torch.cat([classes, about.expand(len(classes), -1)], 1))
+        weight = self.bilinear(layer, keys, codes, about)
+        if features is None:
+            return weight
+        responses = features @ weight.T
+        scale = self.scalar("class_share", about) * torch.rsqrt(responses.square().mean() + 1e-8)
+        left = self.labels[: len(features), : layer.shape[0]] - scale * responses
+        return scale * weight + ridge_regression(features, left, self.scalar("label_ridge", about))
+
+    def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
+        """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
+        ridge = self.scalar("key_ridge", about) * torch.eye(self.dimension, device=keys.device)
+        dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
+        functions = self.mixed_functions(layer, about, self.write_functions, self.write_functions_always)
+        expand = self.write_kernels if layer.is_convolution else self.write_maps
+        mix = torch.einsum("ord,id->oir", expand(codes).unflatten(1, (self.rank, self.dimension)), dual)
         if layer.is_convolution:
-            dimension = keys.shape[1]
-            ridge = F.softplus(self.key_ridge(about) + 0.5) * torch.eye(dimension, device=keys.device)
-            dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
-            write = unit_rms(self.write_functions(about_positions) + self.write_functions_always(functions))
-            mix = torch.einsum("ord,id->oir", self.kernel_code(neurons).unflatten(1, (self.rank, dimension)), dual)
             # Position by position, so that the weight comes in the channels-last layout, the fastest for convolutions.
-            weight = torch.einsum("oir,pr->opi", mix, write).unflatten(1, layer.shape[2:]).permute(0, 3, 1, 2)
-            weight = weight / math.sqrt(math.prod(layer.shape[1:]) * self.rank * dimension)
+            weight = torch.einsum("oir,pr->opi", mix, functions).unflatten(1, layer.grid).permute(0, 3, 1, 2)
         else:
-            concepts = F.layer_norm(self.concepts, self.concepts.shape[1:]) * self.concept_scale(about).exp()
-            ridge = (self.concept_ridge(about) - 3).exp()
-            weight = ridge_regression(features, concepts @ self.concept_code(neurons).T, ridge)
+            weight = torch.einsum("oir,pr->oip", mix, functions).flatten(1)
+        return weight / math.sqrt(math.prod(layer.shape[1:]) * self.rank * self.dimension)
 
-        responses = layer(inputs, weight)
-        over = [0, *range(2, responses.dim())]  # probes and positions
-        variance, mean = torch.var_mean(responses, over, correction=0)
-        scale = torch.rsqrt(variance + 1e-8)
-        bias = 0.3 * self.bias(neurons)[:, 0] - mean * scale
-        if layer.bias is None:
-            bias = torch.zeros_like(bias)
-        as_responses = (-1, *[1] * (responses.dim() - 2))
-        responses = torch.addcmul(bias.view(as_responses), responses, scale.view(as_responses))
-        return weight * scale.view(-1, *[1] * (weight.dim() - 1)), bias, responses
+    def mixed_functions(self, layer: Layer, about: Tensor, mix: nn.Module, mix_always: nn.Module) -> Tensor:
+        """Functions of the position in a kernel or a flattened map, [positions, rank]."""
+        functions = position_functions(*layer.grid).to(about)
+        return unit_rms(mix(torch.cat([functions, about.expand(len(functions), -1)], 1)) + mix_always(functions))
 
-    def write_classes(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight and bias of the last layer: ridge regression of the probes' learned labels."""
-        if layer.is_convolution:  # what is averaged over positions afterwards may as well be averaged before
-            inputs = torch.stack([patches.mean(1) for patches in unfold(layer, inputs)])
-        mean = inputs.mean(0)
-        weight = ridge_regression(inputs - mean, self.labels[:, : layer.shape[0]], self.log_ridge.exp())
-        weight = weight * self.log_temperature.exp()
-        return weight.view(layer.shape), -weight @ mean
+    def scalar(self, name: str, about: Tensor) -> Tensor:
+        """One of the positive numbers that depend on the layer, [1]."""
+        return (self.scalars[name](about) + SCALARS[name]).exp()
 
-    def keys(self, layer: Layer, inputs: Tensor) -> Tensor:
-        """What each input channel of a convolution is, [channels, dimension]: how the probes excite it, and where."""
-        if layer.depth == 0:
-            return self.image_keys[: layer.shape[1]]
-        maps = F.adaptive_avg_pool2d(inputs, GRID).transpose(0, 1).flatten(1)
-        maps = maps - maps.mean(1, keepdim=True)
-        maps = maps * torch.rsqrt(maps.square().mean(1, keepdim=True) + 1e-4)
-        return self.key(maps @ self.read_maps)
+    def standardise(self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What to scale each neuron by, its mean response before, and its centred responses after that.
+
+        [neurons], [neurons] and [probes, ..., neurons]. Hidden neurons come to a variance of 1; the classes keep their
+        relative scales.
+        """
+        responses = layer(inputs, weight).movedim(1, -1)
+        mean = responses.flatten(0, -2).mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
+        centred = responses - mean
+        if layer.last:
+            logits = centred.flatten(1, -2).mean(1) if centred.dim() > 2 else centred  # averaged later on, at any rate
+            scale = self.scalar("logit_scale", about) * torch.rsqrt(logits.square().mean() + 1e-8)
+            scale = scale.expand(len(mean))
+        else:
+            scale = torch.rsqrt(centred.flatten(0, -2).square().mean(0) + 1e-8)
+        return scale, mean, centred * scale
 
     @torch.inference_mode()
     def synthesize(self, module: nn.Module, seed: int | None = None, steps: int = 1) -> nn.Module:
@@ -253,6 +292,11 @@ class GraphWeightSynthesizer(nn.Module):
         for name, parameter in graph.parameters.items():
             parameter.copy_(weights[name])
         return module
+
+
+def unit_responses(weight: Tensor, inputs: Tensor) -> Tensor:
+    """The weight, scaled so that each neuron's responses to `inputs` have a root mean square of 1."""
+    return weight * torch.rsqrt((inputs @ weight.T).square().mean(0) + 1e-8)[:, None]
 
 
 def unit_rms(values: Tensor) -> Tensor:
@@ -279,14 +323,6 @@ def position_functions(height: int, width: int) -> Tensor:
         return torch.cos(angles[:, None] * torch.arange(FREQUENCIES))
 
     return torch.einsum("ym,xn->yxmn", cosines(height), cosines(width)).reshape(height * width, -1)
-
-
-def unfold(layer: Layer, inputs: Tensor) -> Tensor:
-    """The patches that a convolution sees, [N, inputs of a neuron, positions]."""
-    padding = layer.options["padding"]
-    if isinstance(padding, str):
-        raise ValueError(f"{layer.name}: padding={padding!r} is not supported in the last layer; give a number")
-    return F.unfold(inputs, layer.shape[2:], layer.options["dilation"], padding, layer.options["stride"])
 
 
 def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -42,19 +42,22 @@ from target_cnn import (
 from train_target_model import fast_bf16
 from universal.architectures import draw_architecture, mlp
 from universal.graph import ComputationGraph
-from universal.synthesizer import MAKER, SYNTHESIZER, GraphWeightSynthesizer, save_synthesizer
+from universal.synthesizer import MAKER, SYNTHESIZER, GraphWeightSynthesizer, random_weights, save_synthesizer
 
 AVERAGE_DECAY = 0.995  # of the exponential moving average
-TASK_LEARNING_RATE = 15  # that of the probes, their labels and concepts, relative to the networks'
-LATER_STEPS = 0.25  # how often the synthesiser starts from weights that it wrote itself
+TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, relative to the networks'
+EARLIER_STEPS = {0: 9, 1: 2, 2: 1}  # how often to start from weights that so many steps have written before
 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=15_000, help="networks written, per process")
-    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images that reward a network")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=13_500, help="architectures drawn, per process")
+    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=64, help="images that reward a network")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
-    parser.add_argument("--probes", type=number(int, 10, 10_000), default=100, help="learned images")
+    parser.add_argument(
+        "--spread", type=number(float, 0, 100), default=0.05, help="weight of the errors that two inits share"
+    )
+    parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
     parser.add_argument("--report-every", type=number(int, 1, 10**8), default=250, help="steps between saved states")
     parser.add_argument(
@@ -104,6 +107,24 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), processes
 
 
+class Reward(nn.Module):
+    """What the networks that a synthesiser writes are worth."""
+
+    def __init__(self, synthesizer: GraphWeightSynthesizer):
+        super().__init__()
+        self.synthesizer = synthesizer
+
+    def forward(self, graph: ComputationGraph, inits: list[dict], step: int, images: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of each written network on each image, [inits, images], in nats."""
+        losses = []
+        for init in inits:
+            with torch.autocast(images.device.type, enabled=False):
+                weights = self.synthesizer(graph, init, step)
+            logits = graph.run(images, weights)
+            losses.append(F.cross_entropy(logits.float(), labels, reduction="none"))
+        return torch.stack(losses)
+
+
 class Training:
     """The state of a training: everything that a step changes, and how it is saved and restored."""
 
@@ -120,16 +141,18 @@ class Training:
         self.average = AveragedModel(self.synthesizer, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         # Parallel processes average their gradients; layers of a kind that no process drew have none.
         self.parallel = (
-            DistributedDataParallel(self.synthesizer, find_unused_parameters=True)
+            DistributedDataParallel(Reward(self.synthesizer), find_unused_parameters=True)
             if processes > 1
-            else self.synthesizer
+            else Reward(self.synthesizer)
         )
         task = self.synthesizer.task_parameters()
         networks = [p for p in self.synthesizer.parameters() if all(p is not other for other in task)]
         self.groups = [networks, task]
         rates = [options.lr, options.lr * TASK_LEARNING_RATE]
         self.adam = torch.optim.AdamW(
-            [{"params": networks, "weight_decay": 1e-4}, {"params": task, "weight_decay": 0.0}], betas=(0.9, 0.98)
+            [{"params": networks, "weight_decay": 1e-4}, {"params": task, "weight_decay": 0.0}],
+            betas=(0.9, 0.98),
+            fused=True,
         )
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=options.steps, pct_start=0.15)
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
@@ -146,28 +169,33 @@ class Training:
             raise UserError(f"the loss is {self.loss} after {self.step} steps, nothing saved: lower --lr")
 
     def one_step(self) -> torch.Tensor:
-        """Write a random network, and learn from its loss, which is returned."""
+        """Write a random network from two inits, and learn from their mean loss, which is returned."""
         options = self.options
         # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
         drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
         torch.manual_seed(drawn.getrandbits(31))
-        network = draw_architecture(drawn, classes=10).to(options.device, memory_format=torch.channels_last)
-        graph = ComputationGraph(network)
-        weights = graph.weights()
-        later = drawn.random() < LATER_STEPS
-        if later:
-            with torch.no_grad():
-                weights = self.synthesizer(graph, weights)
-        weights = self.parallel(graph, weights, int(later))
+        network = draw_architecture(drawn, classes=10)
+        graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
+        inits = [random_weights(graph, drawn.getrandbits(31)) for _ in range(2)]
+        inits = [{name: tensor.to(options.device) for name, tensor in init.items()} for init in inits]
+        (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
+        with torch.no_grad():
+            for step in range(earlier):
+                inits = [self.synthesizer(graph, init, min(step, 1)) for init in inits]
 
         # Networks without convolutions cost so little that they can be rewarded on more images.
-        convolutions = any(layer.is_convolution for layer in graph.layers)
-        batch = torch.randint(len(self.data.labels), (options.batch_size * (1 if convolutions else 4),))
+        convolutional = any(layer.is_convolution for layer in graph.layers)
+        batch = torch.randint(len(self.data.labels), (options.batch_size * (1 if convolutional else 4),))
         images, labels = self.data[batch.to(options.device)]
         images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
         with torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=self.use_bf16):
-            logits = graph(images, lambda layer, x: layer(x, weights[layer.weight], weights.get(layer.bias)))
-        loss = F.cross_entropy(logits.float(), labels)
+            losses = self.parallel(graph, inits, min(earlier, 1), images, labels)
+        reward = losses.mean()
+        # Errors that both networks make count more. The norms are constants: a larger error of one network alone, which
+        # would lower the cosine too, is no aim.
+        one, other = 1 - torch.exp(-losses)
+        shared_errors = (one * other).sum() / (one.norm() * other.norm() + 1e-6).detach()
+        loss = reward + options.spread * shared_errors
         self.adam.zero_grad()
         loss.backward()
         for group in self.groups:
@@ -175,7 +203,7 @@ class Training:
         self.adam.step()
         self.schedule.step()
         self.average.update_parameters(self.synthesizer)
-        return loss.detach()
+        return reward.detach()
 
     def report(self) -> None:
         """Print the progress, with the accuracy on validation images of two networks that are never trained on."""
@@ -193,7 +221,7 @@ class Training:
 
     def settings(self) -> dict:
         """What a training that goes on must share with the one that was interrupted."""
-        names = ("seed", "steps", "batch_size", "lr", "probes", "validation")
+        names = ("seed", "steps", "batch_size", "lr", "spread", "probes", "validation")
         return {name: getattr(self.options, name) for name in names} | {
             "processes": self.processes, "use_bf16": self.use_bf16,
         }  # fmt: skip
