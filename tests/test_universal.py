@@ -131,8 +131,7 @@ def test_a_graph_computes_what_its_module_computes(name):
     graph = ComputationGraph(network)
     images = torch.randn(3, graph.channels, 28, 28)
     own = network.state_dict()
-    logits = graph(images, lambda layer, x: layer(x, own[layer.weight], own.get(layer.bias)))
-    torch.testing.assert_close(logits, network(images))
+    torch.testing.assert_close(graph.run(images, own), network(images))
     assert graph.classes == 10
     assert {layer.weight for layer in graph.layers} == {key for key, value in own.items() if value.dim() > 1}
 
@@ -173,6 +172,26 @@ class TwoHeads(nn.Module):
         return self.one(images.flatten(1)) + self.two(images.flatten(1))
 
 
+class Rearranged(nn.Module):
+    """Channels that are not those of any layer, made of flattened features."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.out = nn.Linear(784, 72), nn.Conv2d(2, 3, 3), nn.Linear(48, 10)
+
+    def forward(self, images):
+        return self.out(self.conv(self.first(images.flatten(1)).view(-1, 2, 6, 6)).flatten(1))
+
+
+class RowByRow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.out = nn.Linear(28, 4), nn.Linear(112, 10)
+
+    def forward(self, images):
+        return self.out(self.rows(images).flatten(1))
+
+
 def after_conv(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(4 * 26 * 26, 10))
 
@@ -193,6 +212,8 @@ def after_conv(layer: nn.Module) -> nn.Module:
         (Shared(), r"^conv_1: uses conv.weight again"),
         (Scaled(), r"^add|^gain"),
         (TwoHeads(), r"^add: the output must be"),
+        (Rearranged(), r"^conv: reads 2 channels, but first has 72"),
+        (RowByRow(), r"^rows: its inputs must be flattened"),
         (nn.Bilinear(784, 784, 10), "cannot be traced|not supported|more than the images"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,

@@ -12,7 +12,7 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 
 MOST_MULTIPLICATIONS = 16e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_FEATURES = 6272  # values of an image that reach the first linear layer: twice a TargetCNN's
-PLAIN = 0.65  # share of networks of the plainest kind
+PLAIN = 0.75  # share of networks of the plainest kind
 TARGET_SHAPES = [tuple(tensor.shape) for tensor in TargetCNN().state_dict().values()]
 
 

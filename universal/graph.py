@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 SUPPORTED = (
     "Conv2d (one group, zero padding), Linear, ReLU, GELU, max, average and adaptive average pooling, Flatten, "
-    "Dropout, Identity, reshaping, additions of two activations, and the functional forms of these"
+    "Dropout, Identity, additions of two activations, and the functional forms of these"
 )
 IMAGE_SIDE = 28  # pixels: the images that a graph takes are [N, channels, 28, 28]
 IMAGE_CHANNELS = (1, 3)

@@ -30,7 +30,7 @@ VERSION = 1
 FREQUENCIES = 7  # cosines along each side of a kernel
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
 SCALARS = {
-    "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": -2.0, "class_share": -2.0,
+    "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
     "logit_scale": 0.5,
 }  # fmt: skip
 
@@ -59,7 +59,7 @@ class GraphWeightSynthesizer(nn.Module):
     def __init__(
         self,
         probes: int = 300,
-        convolution_probes: int = 64,
+        convolution_probes: int = 40,
         classes: int = 10,
         dimension: int = 96,
         concepts: int = 96,
@@ -141,13 +141,16 @@ class GraphWeightSynthesizer(nn.Module):
         written: dict[str, Tensor] = {}
         keys: dict[str | None, Tensor] = {None: self.image_keys[: graph.channels]}
         variant: Tensor | None = None
+        convolutional = any(layer.is_convolution for layer in graph.layers)
 
         def write(layer: Layer, inputs: Tensor) -> Tensor:
             """The probes' responses to the layer, once it is written."""
             nonlocal variant
             about = self.about(layer, graph, inputs, step)
             read_keys = sum(keys[source] for source in layer.sources)
-            features = None if layer.is_convolution else inputs - inputs.mean(0)
+            # Regressions of hidden layers on the few probes of a network with convolutions would fit these too closely.
+            fitted = not layer.is_convolution and (layer.last or not convolutional)
+            features = inputs - inputs.mean(0) if fitted else None
             if not layer.last:
                 reading = self.read(layer, read_keys, weights[layer.weight], about, features)
                 if variant is None:
@@ -166,7 +169,6 @@ class GraphWeightSynthesizer(nn.Module):
                 written[layer.bias] = bias - mean * scale
             return (responses + (bias if layer.bias else mean * scale)).movedim(-1, 1)
 
-        convolutional = any(layer.is_convolution for layer in graph.layers)
         probes = self.probes[: self.convolution_probes if convolutional else None]
         graph(probes.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last), write)
         return written
@@ -229,10 +231,11 @@ class GraphWeightSynthesizer(nn.Module):
         weight = self.bilinear(layer, keys, codes, about)
         if features is None:
             return weight
-        responses = features @ weight.T
-        scale = self.scalar("class_share", about) * torch.rsqrt(responses.square().mean() + 1e-8)
-        left = self.labels[: len(features), : layer.shape[0]] - scale * responses
-        return scale * weight + ridge_regression(features, left, self.scalar("label_ridge", about))
+        fitted = ridge_regression(
+            features, self.labels[: len(features), : layer.shape[0]], self.scalar("label_ridge", about)
+        )
+        share = self.scalar("label_share", about)
+        return unit_responses(weight, features, each=False) + share * unit_responses(fitted, features, each=False)
 
     def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
         """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
@@ -294,9 +297,10 @@ class GraphWeightSynthesizer(nn.Module):
         return module
 
 
-def unit_responses(weight: Tensor, inputs: Tensor) -> Tensor:
-    """The weight, scaled so that each neuron's responses to `inputs` have a root mean square of 1."""
-    return weight * torch.rsqrt((inputs @ weight.T).square().mean(0) + 1e-8)[:, None]
+def unit_responses(weight: Tensor, inputs: Tensor, each: bool = True) -> Tensor:
+    """The weight, scaled so that the responses to `inputs`, of `each` neuron or of all, have a mean square of 1."""
+    squares = (inputs @ weight.T).square()
+    return weight * torch.rsqrt((squares.mean(0)[:, None] if each else squares.mean()) + 1e-8)
 
 
 def unit_rms(values: Tensor) -> Tensor:

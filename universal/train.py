@@ -51,11 +51,11 @@ EARLIER_STEPS = {0: 9, 1: 2, 2: 1}  # how often to start from weights that so ma
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=13_500, help="architectures drawn, per process")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=13_000, help="architectures drawn, per process")
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=64, help="images that reward a network")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument(
-        "--spread", type=number(float, 0, 100), default=0.05, help="weight of the errors that two inits share"
+        "--spread", type=number(float, 0, 100), default=0.5, help="weight of the errors that two inits share"
     )
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
@@ -154,7 +154,7 @@ class Training:
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=options.steps, pct_start=0.15)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=options.steps, pct_start=0.1)
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
 
     def run(self, until: int) -> None:
@@ -195,7 +195,8 @@ class Training:
         # would lower the cosine too, is no aim.
         one, other = 1 - torch.exp(-losses)
         shared_errors = (one * other).sum() / (one.norm() * other.norm() + 1e-6).detach()
-        loss = reward + options.spread * shared_errors
+        # The logarithm lets good and bad architectures weigh alike.
+        loss = (reward + 0.02).log() + options.spread * shared_errors
         self.adam.zero_grad()
         loss.backward()
         for group in self.groups:
