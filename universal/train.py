@@ -51,7 +51,7 @@ EARLIER_STEPS = {0: 9, 1: 2, 2: 1}  # how often to start from weights that so ma
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=13_000, help="architectures drawn, per process")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=9_000, help="architectures drawn, per process")
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=64, help="images that reward a network")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument(
