@@ -182,7 +182,7 @@ def compare_starts(
 ) -> tuple[list[dict], list[Tensor]]:
     """Accuracies in percent over epochs of Adam from both starts; and what the trained networks get wrong.
 
-    Both starts of a seed see the same images in the same order. The first quarters of the first epoch are scored too.
+    Both starts of a seed see the same images in the same order.
     """
     rows, trained = [], []
     for seed in range(options.seed, options.seed + options.starts):

@@ -231,7 +231,7 @@ class GraphWeightSynthesizer(nn.Module):
         weight = self.bilinear(layer, keys, codes, about)
         if features is None:
             return weight
-        # Few probes may guide the classes but not decide on them: training would otherwise take this short way, to 97 %.
+        # Few probes may guide the classes but not decide on them: training would take this short way, and end at 97 %.
         count = len(features)
         ridge = self.scalar("label_ridge", about) + 6 / count
         fitted = ridge_regression(features, self.labels[:count, : layer.shape[0]], ridge)
