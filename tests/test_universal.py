@@ -301,7 +301,7 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
         synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
 
 
-@pytest.mark.parametrize(("name", "least"), [("TargetCNN", 97.5), ("MLP 784-256-128-10", 95.5)])
+@pytest.mark.parametrize(("name", "least"), [("TargetCNN", 96.0), ("MLP 784-256-128-10", 94.0)])
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
     assert score(network, digits).accuracy_percent > least
@@ -382,9 +382,9 @@ def test_training_improves_and_goes_on_after_a_kill_bit_for_bit(tmp_path):
     options = [*TRAINING, "--steps", 60, "--report-every", 15, "--lr", 2e-3]
     whole = command(*options, *files(tmp_path, "whole"))
     assert whole.returncode == 0, whole.stderr
-    losses = [float(loss) for loss in re.findall(r"Loss = (\d+\.\d+)", whole.stdout)]
-    assert len(losses) == 4
-    assert losses[-1] < 0.85 * losses[0]
+    accuracies = [float(accuracy) for accuracy in re.findall(r"(\d+\.\d+)% \(MLP\)", whole.stdout)]
+    assert len(accuracies) == 4
+    assert accuracies[-1] > accuracies[0] + 10
     assert len(re.findall(r"Validation Accuracy = +\d+\.\d+% \(TargetCNN\).*Time Left = \d", whole.stdout)) == 4
 
     killed = [sys.executable, *map(str, [*options, *files(tmp_path, "killed")])]
@@ -518,7 +518,7 @@ def test_evaluate_prints_its_tables_and_saves_everything(tmp_path):
 def test_evaluate_generalization_finds_new_networks(experiment, tmp_path):
     result = run(
         "evaluate_generalization.py", "--model", SYNTHESIZER, "--checkpoints", experiment / "checkpoints_weights_cnn",
-        "--inits", 2, "--steps", 1, "--reference-epochs", 0, "--validation", 1000, cwd=tmp_path,
+        "--inits", 2, "--steps", 1, "--reference-epochs", 0, "--validation", 4000, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "Verdict: generates new networks" in result.stdout
