@@ -5,7 +5,7 @@ Design document, sections 4.1.1 and 4.1.3. A graph is written layer by layer, fr
 - **Probes.** A few learned images run through the network as it is written, so every layer knows what reaches it.
 - **Reading.** A hidden neuron is known only by its own random weights: by their products with the keys of the neurons
   that it reads and, in linear layers, by their responses to the probes. The neurons of a layer then see each other, by
-  attention. Permuted neurons are therefore written permuted, and no single network can be recited. What the random
+  attention. Permuted neurons are therefore written permuted. What the random
   weights of the first layer sum up to, over its neurons, makes the network's variant, which all its layers know.
 - **Writing.** A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1,
   which turn a sum over n random inputs into a quadrature, with functions of the position in the kernel or the map.
