@@ -5,13 +5,13 @@ Design document, sections 4.1.1 and 4.1.3. A graph is written layer by layer, fr
 - **Probes.** A few learned images run through the network as it is written, so every layer knows what reaches it.
 - **Reading.** A hidden neuron is known only by its own random weights: by their products with the keys of the neurons
   that it reads and, in linear layers, by their responses to the probes. The neurons of a layer then see each other, by
-  attention. Permuted neurons are therefore written permuted. What the random
-  weights of the first layer sum up to, over its neurons, makes the network's variant, which all its layers know.
+  attention. Permuted neurons are therefore written permuted. What the random weights of the first layer sum up to,
+  over its neurons, makes the network's variant, which all its layers know.
 - **Writing.** A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1,
   which turn a sum over n random inputs into a quadrature, with functions of the position in the kernel or the map.
   The last layer adds the ridge regression, on what the probes are there, of their learned labels; the hidden layers of
-  networks without convolutions, of learned concepts, mixed by the neuron's code. The responses of every hidden neuron
-  to the probes are then standardised.
+  networks without convolutions, of learned concepts, mixed by the neuron's code. The responses of the hidden neurons
+  to the probes are then decorrelated, as far as the layer wants it, and standardised.
 """
 
 import math
@@ -26,12 +26,12 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE, ComputationGraph, Layer
 
 SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 1
+VERSION = 2
 FREQUENCIES = 7  # cosines along each side of a kernel
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
 SCALARS = {
     "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
-    "logit_scale": 0.5,
+    "correlation_ridge": 0.0, "logit_scale": 0.5,
 }  # fmt: skip
 
 
@@ -47,6 +47,22 @@ class AcrossNeurons(nn.Module):
         return centred * torch.rsqrt(centred.square().mean(0) + 1e-2) * self.scale + self.shift
 
 
+class ConditionedMLP(nn.Module):
+    """An MLP with one hidden layer for what is in a layer, [n, inputs], that depends on what the layer is, [dimension].
+
+    The layer shifts and scales the hidden units, as in FiLM (Perez et al. 2018), so that layers of different kinds can
+    share what they have in common and still be treated differently.
+    """
+
+    def __init__(self, inputs: int, dimension: int, hidden: int, outputs: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(inputs, hidden), nn.Linear(hidden, outputs)
+        self.shift, self.scale = nn.Linear(dimension, hidden, bias=False), nn.Linear(dimension, hidden, bias=False)
+
+    def forward(self, values: Tensor, about: Tensor) -> Tensor:
+        return self.second(F.gelu(self.first(values) + self.shift(about)) * (1 + 0.5 * self.scale(about)))
+
+
 class GraphWeightSynthesizer(nn.Module):
     """(architecture graph, current weights, step) -> new weights, equivariant to permutations of hidden neurons.
 
@@ -59,7 +75,7 @@ class GraphWeightSynthesizer(nn.Module):
     def __init__(
         self,
         probes: int = 300,
-        convolution_probes: int = 40,
+        convolution_probes: int = 64,
         classes: int = 10,
         dimension: int = 96,
         concepts: int = 96,
@@ -77,8 +93,8 @@ class GraphWeightSynthesizer(nn.Module):
         def mlp(inputs: int, outputs: int) -> nn.Sequential:
             return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
 
-        def normalised_mlp(inputs: int, outputs: int) -> nn.Sequential:
-            return nn.Sequential(mlp(inputs, outputs), nn.LayerNorm(outputs), AcrossNeurons())
+        def conditioned_mlp(inputs: int, outputs: int) -> ConditionedMLP:
+            return ConditionedMLP(inputs, dimension, hidden, outputs)
 
         # What is learned of the task: images, their labels, and the concepts that hidden neurons may stand for.
         self.probes = nn.Parameter(torch.randn(probes, 1, IMAGE_SIDE, IMAGE_SIDE))
@@ -86,13 +102,13 @@ class GraphWeightSynthesizer(nn.Module):
         self.concepts = nn.Parameter(torch.randn(probes, concepts))
 
         # What a layer is.
-        self.describe_layer = mlp(12, dimension)
+        self.describe_layer = mlp(14, dimension)
         functions = FREQUENCIES**2
-        self.read_functions, self.read_functions_always = mlp(functions + dimension, rank), nn.Linear(functions, rank)
-        self.write_functions, self.write_functions_always = mlp(functions + dimension, rank), nn.Linear(functions, rank)
-        self.concept_scale = mlp(dimension, concepts)
+        self.read_functions, self.read_functions_always = conditioned_mlp(functions, rank), nn.Linear(functions, rank)
+        self.write_functions, self.write_functions_always = conditioned_mlp(functions, rank), nn.Linear(functions, rank)
+        self.concept_scale = nn.Linear(dimension, concepts)
         self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
-        for start_at_zero in (*self.scalars.values(), self.concept_scale[-1]):
+        for start_at_zero in (*self.scalars.values(), self.concept_scale):
             nn.init.zeros_(start_at_zero.weight)
             nn.init.zeros_(start_at_zero.bias)
 
@@ -100,22 +116,25 @@ class GraphWeightSynthesizer(nn.Module):
         self.read_kernels = nn.Linear(rank * dimension, dimension, bias=False)
         self.read_responses = nn.Parameter(torch.randn(probes, dimension) / math.sqrt(probes))
         self.read_norm = nn.LayerNorm(dimension)
-        self.embed = mlp(2 * dimension + 1, dimension)
+        self.embed = conditioned_mlp(dimension + 1, dimension)
         self.embed_more = nn.Sequential(nn.LayerNorm(dimension), mlp(dimension, dimension))
         self.attend_norm, self.attend = nn.LayerNorm(dimension), nn.MultiheadAttention(dimension, 4, batch_first=True)
         self.neuron_norm = AcrossNeurons()
         self.image_keys = nn.Parameter(torch.randn(max(IMAGE_CHANNELS), dimension))
-        self.key = normalised_mlp(2 * dimension, dimension)
-        self.variant = mlp(dimension, dimension)
+        self.key = conditioned_mlp(dimension, dimension)
+        self.key_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
+        self.variant = nn.Linear(dimension, dimension)
 
         # What is written for it.
-        self.code = normalised_mlp(2 * dimension, dimension)
+        self.code = conditioned_mlp(dimension, dimension + 1)
+        self.code_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
         self.classes = nn.Parameter(torch.randn(classes, dimension))
-        self.class_code = nn.Sequential(mlp(2 * dimension, dimension), nn.LayerNorm(dimension))
+        self.class_code = conditioned_mlp(dimension, dimension)
+        self.class_code_norm = nn.LayerNorm(dimension)
         self.write_kernels = nn.Linear(dimension, rank * dimension, bias=False)
         self.write_maps = nn.Linear(dimension, rank * dimension, bias=False)
-        self.concept_code = normalised_mlp(2 * dimension, concepts)
-        self.bias = mlp(2 * dimension, 1)
+        self.concept_code = conditioned_mlp(dimension, concepts)
+        self.concept_code_norm = nn.Sequential(nn.LayerNorm(concepts), AcrossNeurons())
 
     @torch.no_grad()
     def start_from(self, images: Tensor, labels: Tensor) -> None:
@@ -161,13 +180,14 @@ class GraphWeightSynthesizer(nn.Module):
                 weight, bias = self.write_classes(layer, read_keys, about, features), 0.0
             else:
                 neurons = self.neurons(reading, weights.get(layer.bias), about)
-                keys[layer.name] = self.key(neurons)
+                keys[layer.name] = self.key_norm(self.key(neurons, about))
                 weight, bias = self.write_hidden(layer, read_keys, neurons, about, features)
-            scale, mean, responses = self.standardise(layer, inputs, weight, about)
-            written[layer.weight] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+            weight, mean, responses = self.standardise(layer, inputs, weight, about)
+            written[layer.weight] = weight
             if layer.bias:
-                written[layer.bias] = bias - mean * scale
-            return (responses + (bias if layer.bias else mean * scale)).movedim(-1, 1)
+                written[layer.bias] = bias - mean
+                responses = responses + (bias - mean)
+            return responses.movedim(-1, 1)
 
         probes = self.probes[: self.convolution_probes if convolutional else None]
         graph(probes.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last), write)
@@ -176,11 +196,13 @@ class GraphWeightSynthesizer(nn.Module):
     def about(self, layer: Layer, graph: ComputationGraph, inputs: Tensor, step: int) -> Tensor:
         """What a layer is, [dimension]."""
         dilation, stride = (torch.tensor(layer.options.get(name, 1)).float().mean() for name in ("dilation", "stride"))
+        readers = [reader for reader in graph.layers if layer.name in reader.sources]
         about = [
             layer.is_convolution, layer.depth == 0, layer.last, step > 0, layer.depth / 4,
             (graph.last.depth - layer.depth) / 4, math.log(layer.channels) / 5, math.log(layer.shape[0]) / 5,
             math.log(math.prod(layer.grid)) / 3, math.log(inputs.shape[-1]) / 3 if layer.is_convolution else 0,
-            dilation.log(), stride.log(),
+            dilation.log(), stride.log(), any(reader.is_convolution for reader in readers),
+            any(len(reader.sources) > 1 for reader in readers),
         ]  # fmt: skip
         return self.describe_layer(torch.tensor([float(value) for value in about]).to(inputs))
 
@@ -200,44 +222,44 @@ class GraphWeightSynthesizer(nn.Module):
         return reading + F.layer_norm(responses.T @ self.read_responses[: len(responses)], [self.dimension])
 
     def neurons(self, reading: Tensor, bias: Tensor | None, about: Tensor) -> Tensor:
-        """What each neuron of a hidden layer is, and what the layer is, [neurons, 2 * dimension]."""
+        """What each neuron of a hidden layer is, [neurons, dimension]."""
         bias = reading.new_zeros(len(reading)) if bias is None else bias - bias.mean()
         bias = bias * torch.rsqrt(bias.square().mean() + 1e-12)
-        about = about.expand(len(reading), -1)
-        neurons = self.embed(torch.cat([self.read_norm(reading), bias[:, None], about], 1))
+        neurons = self.embed(torch.cat([self.read_norm(reading), bias[:, None]], 1), about)
         neurons = neurons + self.embed_more(neurons)
         normalised = self.attend_norm(neurons)[None]
-        neurons = self.neuron_norm(neurons + self.attend(normalised, normalised, normalised, need_weights=False)[0][0])
-        return torch.cat([neurons, about], 1)
+        return self.neuron_norm(neurons + self.attend(normalised, normalised, normalised, need_weights=False)[0][0])
 
     def write_hidden(
         self, layer: Layer, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The new weight of a hidden layer, of any scale, and the bias of its standardised responses."""
-        weight = self.bilinear(layer, keys, self.code(neurons), about)
+        codes, bias = self.code(neurons, about).split([self.dimension, 1], 1)
+        weight = self.bilinear(layer, keys, self.code_norm(codes), about)
         if features is not None:
             concepts = F.layer_norm(self.concepts[: len(features)], self.concepts.shape[1:])
             concepts = concepts * self.concept_scale(about).exp()
             ridge = self.scalar("concept_ridge", about)
-            fitted = ridge_regression(features, concepts @ self.concept_code(neurons).T, ridge)
+            wanted = concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T
+            fitted = ridge_regression(features, wanted, ridge)
             share = self.scalar("concept_share", about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
-        return weight, 0.3 * self.bias(neurons)[:, 0]
+        return weight, 0.3 * bias[:, 0]
 
     def write_classes(self, layer: Layer, keys: Tensor, about: Tensor, features: Tensor | None) -> Tensor:
         """The new weight of the last layer, of any scale."""
         classes = F.layer_norm(self.classes[: layer.shape[0]], [self.dimension])
-        codes = self.class_code(torch.cat([classes, about.expand(len(classes), -1)], 1))
+        codes = self.class_code_norm(self.class_code(classes, about))
         weight = self.bilinear(layer, keys, codes, about)
-        if features is None:
-            return weight
-        # Few probes may guide the classes but not decide on them: training would take this short way, and end at 97 %.
-        count = len(features)
-        ridge = self.scalar("label_ridge", about) + 6 / count
-        fitted = ridge_regression(features, self.labels[:count, : layer.shape[0]], ridge)
-        share = self.scalar("label_share", about)
-        share = share / (1 + share * 40 / count)  # below count / 40
-        return unit_responses(weight, features, each=False) + share * unit_responses(fitted, features, each=False)
+        if features is not None:
+            # Few probes may guide the classes but not decide on them: training would take this short way and end there.
+            count = len(features)
+            ridge = self.scalar("label_ridge", about) + 6 / count
+            fitted = ridge_regression(features, self.labels[:count, : layer.shape[0]], ridge)
+            share = self.scalar("label_share", about)
+            share = share / (1 + share * 64 / count)  # below count / 64
+            weight = unit_responses(weight, features, each=False) + share * unit_responses(fitted, features, each=False)
+        return weight - weight.mean(0)  # what all classes share changes nothing
 
     def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
         """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
@@ -255,29 +277,35 @@ class GraphWeightSynthesizer(nn.Module):
 
     def mixed_functions(self, layer: Layer, about: Tensor, mix: nn.Module, mix_always: nn.Module) -> Tensor:
         """Functions of the position in a kernel or a flattened map, [positions, rank]."""
-        functions = position_functions(*layer.grid).to(about)
-        return unit_rms(mix(torch.cat([functions, about.expand(len(functions), -1)], 1)) + mix_always(functions))
+        functions = position_functions(layer).to(about)
+        return unit_rms(mix(functions, about) + mix_always(functions))
 
     def scalar(self, name: str, about: Tensor) -> Tensor:
         """One of the positive numbers that depend on the layer, [1]."""
         return (self.scalars[name](about) + SCALARS[name]).exp()
 
     def standardise(self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to scale each neuron by, its mean response before, and its centred responses after that.
+        """The weight brought to scale, its mean response to each neuron [neurons] and all [probes, ..., neurons].
 
-        [neurons], [neurons] and [probes, ..., neurons]. Hidden neurons come to a variance of 1; the classes keep their
-        relative scales.
+        The responses of hidden neurons come to a variance of 1 and are made less alike: by the inverse square root of
+        their correlations, the only whitening that does not prefer a neuron. The classes keep their relative scales.
         """
         responses = layer(inputs, weight).movedim(1, -1)
-        mean = responses.flatten(0, -2).mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
-        centred = responses - mean
+        flat = responses.flatten(0, -2)
+        mean = flat.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
         if layer.last:
-            logits = centred.flatten(1, -2).mean(1) if centred.dim() > 2 else centred  # averaged later on, at any rate
-            scale = self.scalar("logit_scale", about) * torch.rsqrt(logits.square().mean() + 1e-8)
-            scale = scale.expand(len(mean))
-        else:
-            scale = torch.rsqrt(centred.flatten(0, -2).square().mean(0) + 1e-8)
-        return scale, mean, centred * scale
+            logits = responses.flatten(1, -2).mean(1) if responses.dim() > 2 else responses  # averaged in the end
+            scale = self.scalar("logit_scale", about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
+            return weight * scale, mean * scale, responses * scale
+        covariance = flat.T @ flat / len(flat) - mean[:, None] * mean
+        inverse_deviation = torch.rsqrt(covariance.diagonal().clamp(min=0) + 1e-8)
+        correlation = covariance * inverse_deviation[:, None] * inverse_deviation
+        ridge = (self.scalar("correlation_ridge", about) + 1e-2) * torch.eye(len(mean)).to(mean)
+        mix = inverse_square_root(correlation + ridge) * inverse_deviation
+        mix = mix * torch.rsqrt(((mix @ covariance) * mix).sum(1, keepdim=True).clamp(min=0) + 1e-8)
+        positions_first = weight.movedim(1, -1)  # as the weight lies in memory
+        weight = (mix @ positions_first.flatten(1)).view(positions_first.shape).movedim(-1, 1)
+        return weight, mix @ mean, responses @ mix.T
 
     @torch.inference_mode()
     def synthesize(self, module: nn.Module, seed: int | None = None, steps: int = 1) -> nn.Module:
@@ -321,14 +349,38 @@ def ridge_regression(features: Tensor, targets: Tensor, ridge: Tensor) -> Tensor
     return torch.cholesky_solve(targets, factor).T @ features / scale
 
 
-def position_functions(height: int, width: int) -> Tensor:
-    """Products of cosines at the positions of a kernel, [height * width, FREQUENCIES ** 2]."""
+def inverse_square_root(matrix: Tensor, iterations: int = 10) -> Tensor:
+    """The inverse square root of a positive definite matrix, by the coupled iteration of Newton and Schulz.
 
-    def cosines(side: int) -> Tensor:
-        angles = (torch.arange(side) + 0.5) / side * math.pi
+    Products of matrices only, so that its gradient exists where eigenvalues coincide (Higham, Functions of Matrices,
+    section 6.7). Eigenvalues below a thousandth of the norm are not raised all the way.
+    """
+    norm, identity = matrix.norm(), torch.eye(len(matrix)).to(matrix)
+    root, inverse = matrix / norm, identity
+    for _ in range(iterations):
+        correction = 1.5 * identity - 0.5 * inverse @ root
+        root, inverse = root @ correction, correction @ inverse
+    return inverse * torch.rsqrt(norm)
+
+
+def position_functions(layer: Layer) -> Tensor:
+    """Products of cosines at the positions of a kernel or a flattened map, [positions, FREQUENCIES ** 2].
+
+    A position in a kernel is the distance to its centre in pixels, so that the middle of a large kernel is like a small
+    one; a position in a map is relative to the map's size.
+    """
+
+    def cosines(side: int, dilation: int) -> Tensor:
+        if layer.is_convolution:
+            distances = (torch.arange(side) - (side - 1) / 2) * dilation
+            angles = (1 + torch.tanh(distances / 3)) / 2 * math.pi  # within a turn, however large the kernel
+        else:
+            angles = (torch.arange(side) + 0.5) / side * math.pi
         return torch.cos(angles[:, None] * torch.arange(FREQUENCIES))
 
-    return torch.einsum("ym,xn->yxmn", cosines(height), cosines(width)).reshape(height * width, -1)
+    dilations = nn.modules.utils._pair(layer.options.get("dilation", 1))
+    down, across = (cosines(side, dilation) for side, dilation in zip(layer.grid, dilations, strict=True))
+    return torch.einsum("ym,xn->yxmn", down, across).flatten(0, 1).flatten(1)
 
 
 def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
