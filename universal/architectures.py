@@ -13,7 +13,7 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 
 MOST_MULTIPLICATIONS = 16e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_FEATURES = 6272  # values of an image that reach the first linear layer: twice a TargetCNN's
-PLAIN = 0.85  # share of networks of the plainest kind
+PLAIN = 0.93  # share of networks of the plainest kind
 
 
 class ResidualBlock(nn.Module):
@@ -56,14 +56,14 @@ def draw_once(draw: random.Random, classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     side, multiplications = IMAGE_SIDE, 0
     while convolutions > 0:
-        if layers and convolutions >= 2 and draw.random() < 0.3:
+        if layers and convolutions >= 2 and draw.random() < (0.15 if plain else 0.3):
             kernel = 3 if plain else draw.choice([3, 5])
             layers.append(ResidualBlock(channels, kernel))
             multiplications += 2 * (channels * kernel * side) ** 2
             convolutions -= 2
         else:
             width = log_uniform(draw, 8, 64)
-            kernel = draw.choices([3, 5], [7, 1])[0] if plain else draw.randint(1, 7)
+            kernel = draw.choices([3, 5], [9, 1])[0] if plain else draw.randint(1, 7)
             stride, padding = 1, kernel // 2
             if side > 7 and not plain:
                 stride = draw.choices([1, 2], [3, 1])[0]
@@ -74,7 +74,7 @@ def draw_once(draw: random.Random, classes: int) -> nn.Module:
             channels = width
             convolutions -= 1
             layers.append(activation())
-        if side > 7 and draw.random() < 0.9:
+        if side > 7 and (plain or draw.random() < 0.8):
             pooling = nn.MaxPool2d if plain else draw.choice([nn.MaxPool2d, nn.AvgPool2d])
             layers.insert(len(layers) - draw.choice([0, isinstance(layers[-1], activation)]), pooling(2))
             side //= 2

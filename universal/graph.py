@@ -278,6 +278,13 @@ class ComputationGraph:
                     )
 
     @property
+    def is_rescalable(self) -> bool:
+        """Whether it is a chain of layers, each of which gives twice as much when it is given twice as much."""
+        before = [None, *(layer.name for layer in self.layers)]
+        in_a_row = all(layer.sources == (name,) for layer, name in zip(self.layers, before, strict=False))
+        return in_a_row and not any(self._kind(node) in (nn.GELU, F.gelu) for node in self.nodes)
+
+    @property
     def last(self) -> Layer:
         """The layer whose outputs are the classes."""
         return next(layer for layer in self.layers if layer.last)

@@ -191,7 +191,7 @@ class GraphWeightSynthesizer(nn.Module):
 
         probes = self.probes[: self.convolution_probes if convolutional else None]
         graph(probes.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last), write)
-        return written
+        return balance(graph, written)
 
     def about(self, layer: Layer, graph: ComputationGraph, inputs: Tensor, step: int) -> Tensor:
         """What a layer is, [dimension]."""
@@ -325,6 +325,26 @@ class GraphWeightSynthesizer(nn.Module):
         for name, parameter in graph.parameters.items():
             parameter.copy_(weights[name])
         return module
+
+
+def balance(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same network with layers as large as PyTorch's default init has them, relative to each other.
+
+    It computes the same, but trains better: an optimiser like Adam moves the weights of every layer equally far. Only
+    chains of layers without GELU can be rescaled so; other networks are returned as they are.
+    """
+    if not graph.is_rescalable:
+        return weights
+    norms = torch.stack([weights[layer.weight].norm() for layer in graph.layers])
+    usual = torch.tensor([math.sqrt(layer.shape[0] / 3) for layer in graph.layers]).to(norms)
+    factors = (usual / (norms + 1e-8)).log()
+    factors = (factors - factors.mean()).exp()  # whose product is 1
+    balanced = {}
+    for layer, factor, gain in zip(graph.layers, factors, factors.cumprod(0), strict=True):
+        balanced[layer.weight] = weights[layer.weight] * factor
+        if layer.bias:
+            balanced[layer.bias] = weights[layer.bias] * gain
+    return balanced
 
 
 def unit_responses(weight: Tensor, inputs: Tensor, each: bool = True) -> Tensor:

@@ -46,17 +46,14 @@ from universal.synthesizer import MAKER, SYNTHESIZER, GraphWeightSynthesizer, ra
 
 AVERAGE_DECAY = 0.995  # of the exponential moving average
 TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, relative to the networks'
-EARLIER_STEPS = {0: 9, 1: 2, 2: 1}  # how often to start from weights that so many steps have written before
+EARLIER_STEPS = {0: 18, 1: 1, 2: 1}  # how often to start from weights that so many steps have written before
 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
     parser.add_argument("--steps", type=number(int, 1, 10**8), default=11_000, help="architectures drawn, per process")
-    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=64, help="images that reward a network")
+    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images that reward a network")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
-    parser.add_argument(
-        "--spread", type=number(float, 0, 100), default=0.5, help="weight of the errors that two inits share"
-    )
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
     parser.add_argument("--report-every", type=number(int, 1, 10**8), default=250, help="steps between saved states")
@@ -114,15 +111,11 @@ class Reward(nn.Module):
         super().__init__()
         self.synthesizer = synthesizer
 
-    def forward(self, graph: ComputationGraph, inits: list[dict], step: int, images: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy of each written network on each image, [inits, images], in nats."""
-        losses = []
-        for init in inits:
-            with torch.autocast(images.device.type, enabled=False):
-                weights = self.synthesizer(graph, init, step)
-            logits = graph.run(images, weights)
-            losses.append(F.cross_entropy(logits.float(), labels, reduction="none"))
-        return torch.stack(losses)
+    def forward(self, graph: ComputationGraph, init: dict, step: int, images: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of the network written from `init`, nats per image."""
+        with torch.autocast(images.device.type, enabled=False):
+            weights = self.synthesizer(graph, init, step)
+        return F.cross_entropy(graph.run(images, weights).float(), labels)
 
 
 class Training:
@@ -171,34 +164,28 @@ class Training:
             raise UserError(f"the loss is not finite after {self.step} steps, nothing saved: lower --lr")
 
     def one_step(self) -> torch.Tensor:
-        """Write a random network from two inits, and learn from their mean loss, which is returned."""
+        """Write a random network from a random init, and learn from its loss, which is returned."""
         options = self.options
         # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
         drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
         torch.manual_seed(drawn.getrandbits(31))
         network = draw_architecture(drawn, classes=10)
         graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
-        inits = [random_weights(graph, drawn.getrandbits(31)) for _ in range(2)]
-        inits = [{name: tensor.to(options.device) for name, tensor in init.items()} for init in inits]
+        init = random_weights(graph, drawn.getrandbits(31))
+        init = {name: tensor.to(options.device) for name, tensor in init.items()}
         (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
         with torch.no_grad():
             for step in range(earlier):
-                inits = [self.synthesizer(graph, init, min(step, 1)) for init in inits]
+                init = self.synthesizer(graph, init, min(step, 1))
 
         # Networks without convolutions cost so little that they can be rewarded on more images.
         convolutional = any(layer.is_convolution for layer in graph.layers)
-        batch = torch.randint(len(self.data.labels), (options.batch_size * (1 if convolutional else 4),))
+        batch = torch.randint(len(self.data.labels), (options.batch_size * (1 if convolutional else 3),))
         images, labels = self.data[batch.to(options.device)]
         images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
         with torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=self.use_bf16):
-            losses = self.parallel(graph, inits, min(earlier, 1), images, labels)
-        reward = losses.mean()
-        # Errors that both networks make count more. The norms are constants: a larger error of one network alone, which
-        # would lower the cosine too, is no aim.
-        one, other = 1 - torch.exp(-losses)
-        shared_errors = (one * other).sum() / (one.norm() * other.norm() + 1e-6).detach()
-        # The logarithm lets good and bad architectures weigh alike.
-        loss = (reward + 0.02).log() + options.spread * shared_errors
+            reward = self.parallel(graph, init, min(earlier, 1), images, labels)
+        loss = (reward + 0.02).log()  # lets good and bad architectures weigh alike
         self.adam.zero_grad()
         loss.backward()
         norms = [nn.utils.clip_grad_norm_(group, 1.0) for group in self.groups]
@@ -224,7 +211,7 @@ class Training:
 
     def settings(self) -> dict:
         """What a training that goes on must share with the one that was interrupted."""
-        names = ("seed", "steps", "batch_size", "lr", "spread", "probes", "validation")
+        names = ("seed", "steps", "batch_size", "lr", "probes", "validation")
         return {name: getattr(self.options, name) for name in names} | {
             "processes": self.processes, "use_bf16": self.use_bf16,
         }  # fmt: skip
