@@ -151,7 +151,7 @@ def fresh_training(recorded, data):
     def train(weights):
         model = load_weights(TargetCNN(), weights).to(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.enable_grad():
-            train_epoch(model, torch.optim.Adam(model.parameters(), fused=True), images, 64, True, "")
+            train_epoch(model, torch.optim.Adam(model.parameters(), fused=True), images, 64, False, "")
         return flatten_weights(model)
 
     # Nothing can be trained from zeros.

@@ -19,9 +19,19 @@ from target_cnn import TargetCNN, UserError, flatten_weights, load_mnist, score
 from universal import GraphWeightSynthesizer, load_synthesizer, synthesize
 from universal.architectures import EVALUATED, ResidualBlock, cnn, draw_architecture, mlp
 from universal.graph import ComputationGraph
-from universal.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
+from universal.synthesizer import (
+    SYNTHESIZER,
+    balance,
+    inverse_square_root,
+    position_functions,
+    random_weights,
+    save_synthesizer,
+)
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
+
+
+CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 
 
 class Functional(nn.Module):
@@ -269,6 +279,35 @@ def test_permuted_neurons_are_written_permuted(name, step):
     for key in weights:
         torch.testing.assert_close(crossed[key], straight[key], rtol=1e-6, atol=1e-8)
     assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in weights)  # it reads the init
+
+
+def test_the_inverse_square_root_is_one():
+    features = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrix = features.T @ features / 40 + 0.1 * torch.eye(12)
+    root = inverse_square_root(matrix)
+    torch.testing.assert_close(root @ matrix @ root, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(root, root.T)
+
+
+def test_a_small_kernel_is_like_the_middle_of_a_large_one():
+    small, large = (
+        position_functions(ComputationGraph(nn.Sequential(nn.Conv2d(1, 10, k), *CLASSES)).last) for k in (3, 5)
+    )
+    torch.testing.assert_close(small.view(3, 3, -1), large.view(5, 5, -1)[1:4, 1:4])
+
+
+def test_balanced_weights_compute_the_same():
+    graph = ComputationGraph(TargetCNN())
+    weights = {name: tensor * 3 if "conv" in name else tensor for name, tensor in random_weights(graph, 0).items()}
+    balanced = balance(graph, weights)
+    images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(graph.run(images, balanced), graph.run(images, weights), rtol=1e-4, atol=1e-5)
+    sizes = torch.stack([balanced[layer.weight].norm() / layer.shape[0] ** 0.5 for layer in graph.layers])
+    torch.testing.assert_close(sizes, sizes[:1].expand(4))
+    for build in (Functional, Residual):  # a GELU, and an addition of two layers
+        graph = ComputationGraph(build())
+        weights = random_weights(graph, 0)
+        assert balance(graph, weights) is weights
 
 
 def test_synthesize_fills_the_module_in_place(synthesizer):

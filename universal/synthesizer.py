@@ -177,17 +177,16 @@ class GraphWeightSynthesizer(nn.Module):
             if variant is not None:
                 about = about + variant
             if layer.last:
-                weight, bias = self.write_classes(layer, read_keys, about, features), 0.0
+                weight, bias = self.write_classes(layer, read_keys, about, features), inputs.new_zeros(1)
             else:
                 neurons = self.neurons(reading, weights.get(layer.bias), about)
                 keys[layer.name] = self.key_norm(self.key(neurons, about))
                 weight, bias = self.write_hidden(layer, read_keys, neurons, about, features)
-            weight, mean, responses = self.standardise(layer, inputs, weight, about)
+            weight, bias, responses = self.standardise(layer, inputs, weight, bias, about)
             written[layer.weight] = weight
             if layer.bias:
-                written[layer.bias] = bias - mean
-                responses = responses + (bias - mean)
-            return responses.movedim(-1, 1)
+                written[layer.bias] = bias
+            return responses
 
         probes = self.probes[: self.convolution_probes if convolutional else None]
         graph(probes.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last), write)
@@ -284,11 +283,14 @@ class GraphWeightSynthesizer(nn.Module):
         """One of the positive numbers that depend on the layer, [1]."""
         return (self.scalars[name](about) + SCALARS[name]).exp()
 
-    def standardise(self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight brought to scale, its mean response to each neuron [neurons] and all [probes, ..., neurons].
+    def standardise(
+        self, layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor, about: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight and the bias brought to scale, and the probes' responses with them.
 
-        The responses of hidden neurons come to a variance of 1 and are made less alike: by the inverse square root of
-        their correlations, the only whitening that does not prefer a neuron. The classes keep their relative scales.
+        The responses of hidden neurons come to a variance of 1 and, where the layer has a bias, to `bias` in the mean.
+        They are also made less alike: by the inverse square root of their correlations, the only whitening that does
+        not prefer a neuron. The classes keep their relative scales.
         """
         responses = layer(inputs, weight).movedim(1, -1)
         flat = responses.flatten(0, -2)
@@ -296,7 +298,7 @@ class GraphWeightSynthesizer(nn.Module):
         if layer.last:
             logits = responses.flatten(1, -2).mean(1) if responses.dim() > 2 else responses  # averaged in the end
             scale = self.scalar("logit_scale", about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
-            return weight * scale, mean * scale, responses * scale
+            return weight * scale, bias - mean * scale, responses.movedim(-1, 1)  # no layer reads these
         covariance = flat.T @ flat / len(flat) - mean[:, None] * mean
         inverse_deviation = torch.rsqrt(covariance.diagonal().clamp(min=0) + 1e-8)
         correlation = covariance * inverse_deviation[:, None] * inverse_deviation
@@ -305,7 +307,8 @@ class GraphWeightSynthesizer(nn.Module):
         mix = mix * torch.rsqrt(((mix @ covariance) * mix).sum(1, keepdim=True).clamp(min=0) + 1e-8)
         positions_first = weight.movedim(1, -1)  # as the weight lies in memory
         weight = (mix @ positions_first.flatten(1)).view(positions_first.shape).movedim(-1, 1)
-        return weight, mix @ mean, responses @ mix.T
+        bias = bias - mix @ mean if layer.bias else torch.zeros_like(mean)
+        return weight, bias, (flat @ mix.T).add_(bias).view(responses.shape).movedim(-1, 1)
 
     @torch.inference_mode()
     def synthesize(self, module: nn.Module, seed: int | None = None, steps: int = 1) -> nn.Module:
@@ -378,7 +381,7 @@ def inverse_square_root(matrix: Tensor, iterations: int = 10) -> Tensor:
     norm, identity = matrix.norm(), torch.eye(len(matrix)).to(matrix)
     root, inverse = matrix / norm, identity
     for _ in range(iterations):
-        correction = 1.5 * identity - 0.5 * inverse @ root
+        correction = torch.addmm(identity, inverse, root, beta=1.5, alpha=-0.5)
         root, inverse = root @ correction, correction @ inverse
     return inverse * torch.rsqrt(norm)
 
