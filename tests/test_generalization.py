@@ -149,8 +149,8 @@ def fresh_training(recorded, data):
     images = load_mnist("train", REPOSITORY / "data")[:10_000]
 
     def train(weights):
-        model = load_weights(TargetCNN(), weights).to(memory_format=torch.channels_last)
         with torch.inference_mode(False), torch.enable_grad():
+            model = load_weights(TargetCNN(), weights.clone()).to(memory_format=torch.channels_last)
             train_epoch(model, torch.optim.Adam(model.parameters(), fused=True), images, 64, False, "")
         return flatten_weights(model)
 

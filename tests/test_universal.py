@@ -341,7 +341,7 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
         synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
 
 
-@pytest.mark.parametrize(("name", "least"), [("TargetCNN", 96.8), ("MLP 784-256-128-10", 95.2)])
+@pytest.mark.parametrize(("name", "least"), [("TargetCNN", 98.1), ("MLP 784-256-128-10", 95.5)])
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
     assert score(network, digits).accuracy_percent > least
