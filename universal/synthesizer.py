@@ -333,8 +333,8 @@ class GraphWeightSynthesizer(nn.Module):
 def balance(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same network with layers as large as PyTorch's default init has them, relative to each other.
 
-    It computes the same, but trains better: an optimiser like Adam moves the weights of every layer equally far. Only
-    chains of layers without GELU can be rescaled so; other networks are returned as they are.
+    It computes the same, in weights of the sizes that an optimiser like Adam usually starts from. Only chains of layers
+    without GELU can be rescaled so; other networks are returned as they are.
     """
     if not graph.is_rescalable:
         return weights
