@@ -423,8 +423,10 @@ def test_training_improves_and_goes_on_after_a_kill_bit_for_bit(tmp_path):
     whole = command(*options, *files(tmp_path, "whole"))
     assert whole.returncode == 0, whole.stderr
     accuracies = [float(accuracy) for accuracy in re.findall(r"(\d+\.\d+)% \(MLP\)", whole.stdout)]
-    assert len(accuracies) == 4
+    losses = [float(loss) for loss in re.findall(r"Loss = (\d+\.\d+)", whole.stdout)]
+    assert len(accuracies) == len(losses) == 4
     assert accuracies[-1] > accuracies[0] + 10
+    assert losses[-1] < 0.7 * losses[0]
     assert len(re.findall(r"Validation Accuracy = +\d+\.\d+% \(TargetCNN\).*Time Left = \d", whole.stdout)) == 4
 
     killed = [sys.executable, *map(str, [*options, *files(tmp_path, "killed")])]
