@@ -17,7 +17,15 @@ import evaluate_generalization
 from diffusion_model import rollout
 from target_cnn import TargetCNN, UserError, flatten_weights, load_mnist, score
 from universal import GraphWeightSynthesizer, load_synthesizer, synthesize
-from universal.architectures import EVALUATED, ResidualBlock, cnn, draw_architecture, mlp
+from universal.architectures import (
+    EVALUATED,
+    EVALUATED_SHAPES,
+    ResidualBlock,
+    cnn,
+    draw_architecture,
+    mlp,
+    parameter_shapes,
+)
 from universal.graph import ComputationGraph
 from universal.synthesizer import (
     SYNTHESIZER,
@@ -29,8 +37,6 @@ from universal.synthesizer import (
 )
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
-
-
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 
 
@@ -249,6 +255,7 @@ def test_drawn_architectures_can_be_read_and_cover_the_kinds():
         seen |= {type(module).__name__ for module in network.modules()} | {f"{graph.channels} channels"}
         seen |= {f"kernel {layer.shape[-1]}" for layer in graph.layers if layer.is_convolution}
         seen |= {"stride" for layer in graph.layers if layer.options.get("stride") == (2, 2)}
+        assert parameter_shapes(network) not in EVALUATED_SHAPES
     expected = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "ResidualBlock", "GELU", "ReLU", "stride", "3 channels"}
     expected |= {f"{n} convolutions" for n in range(5)} | {f"{n} hidden" for n in range(4)}
     assert expected | {f"kernel {n}" for n in range(1, 8)} <= seen
@@ -304,8 +311,9 @@ def test_balanced_weights_compute_the_same():
     torch.testing.assert_close(graph.run(images, balanced), graph.run(images, weights), rtol=1e-4, atol=1e-5)
     sizes = torch.stack([balanced[layer.weight].norm() / layer.shape[0] ** 0.5 for layer in graph.layers])
     torch.testing.assert_close(sizes, sizes[:1].expand(4))
-    for build in (Functional, Residual):  # a GELU, and an addition of two layers
-        graph = ComputationGraph(build())
+    gelu = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GELU(), nn.Conv2d(8, 10, 3), *CLASSES)
+    for module in (gelu, Residual()):  # a GELU, and an addition of two layers
+        graph = ComputationGraph(module)
         weights = random_weights(graph, 0)
         assert balance(graph, weights) is weights
 
@@ -444,6 +452,14 @@ def test_training_improves_and_goes_on_after_a_kill_bit_for_bit(tmp_path):
     expected, found = state(tmp_path, "whole"), state(tmp_path, "killed")
     assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
     assert not (tmp_path / "killed_training.pth").exists()
+
+
+def test_a_training_that_diverges_gets_one_line(tmp_path):
+    diverged = command(*TRAINING, "--steps", 10, "--lr", 1000, *files(tmp_path, "diverged"))
+    assert diverged.returncode == 2
+    assert diverged.stderr.count("\n") == 1
+    assert "lower --lr" in diverged.stderr
+    assert not (tmp_path / "diverged.pth").exists()
 
 
 def test_a_broken_training_state_is_refused_and_kept(tmp_path):

@@ -147,14 +147,22 @@ class Training:
             betas=(0.9, 0.98),
             fused=True,
         )
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.adam, rates, total_steps=options.steps, pct_start=0.1)
+        warm_up = 0.1 if options.steps > 10 else 0.0  # a tenth of 10 steps, no step at all, is divided by
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.adam, rates, total_steps=options.steps, pct_start=warm_up
+        )
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
 
     def run(self, until: int) -> None:
-        """Train up to step `until`. Raises UserError if most losses are not finite."""
+        """Train up to step `until`. Raises UserError if most losses are not finite, or nothing can be written."""
         start, losses = time.perf_counter(), []
         while self.step < until:
-            losses.append(self.one_step())
+            try:
+                losses.append(self.one_step())
+            except torch.linalg.LinAlgError as error:  # weights so large that no regression can be solved
+                raise UserError(
+                    f"training diverged at step {self.step}, nothing saved since the last report: lower --lr"
+                ) from error
             self.step += 1
         losses = torch.stack(losses)
         finite = losses.isfinite()
