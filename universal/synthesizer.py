@@ -26,8 +26,9 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE, ComputationGraph, Layer
 
 SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 2
+VERSION = 3
 FREQUENCIES = 7  # cosines along each side of a kernel
+SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
 SCALARS = {
     "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
@@ -75,7 +76,7 @@ class GraphWeightSynthesizer(nn.Module):
     def __init__(
         self,
         probes: int = 300,
-        convolution_probes: int = 64,
+        convolution_probes: int = 128,
         classes: int = 10,
         dimension: int = 96,
         concepts: int = 96,
@@ -290,9 +291,10 @@ class GraphWeightSynthesizer(nn.Module):
 
         The responses of hidden neurons come to a variance of 1 and, where the layer has a bias, to `bias` in the mean.
         They are also made less alike: by the inverse square root of their correlations, the only whitening that does
-        not prefer a neuron. The classes keep their relative scales.
+        not prefer a neuron. The classes keep their relative scales. Of a convolution, a part of the probes is enough.
         """
-        responses = layer(inputs, weight).movedim(1, -1)
+        some = inputs[:SCALING_PROBES] if layer.is_convolution and not layer.last else inputs
+        responses = layer(some, weight).movedim(1, -1)
         flat = responses.flatten(0, -2)
         mean = flat.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
         if layer.last:
@@ -308,6 +310,8 @@ class GraphWeightSynthesizer(nn.Module):
         positions_first = weight.movedim(1, -1)  # as the weight lies in memory
         weight = (mix @ positions_first.flatten(1)).view(positions_first.shape).movedim(-1, 1)
         bias = bias - mix @ mean if layer.bias else torch.zeros_like(mean)
+        if len(some) < len(inputs):
+            return weight, bias, layer(inputs, weight, bias)
         return weight, bias, (flat @ mix.T).add_(bias).view(responses.shape).movedim(-1, 1)
 
     @torch.inference_mode()

@@ -51,8 +51,8 @@ EARLIER_STEPS = {0: 18, 1: 1, 2: 1}  # how often to start from weights that so m
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=11_000, help="architectures drawn, per process")
-    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images that reward a network")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=15_000, help="architectures drawn, per process")
+    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images of the first steps")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
@@ -186,9 +186,11 @@ class Training:
             for step in range(earlier):
                 init = self.synthesizer(graph, init, min(step, 1))
 
-        # Networks without convolutions cost so little that they can be rewarded on more images.
+        # The better the networks, the fewer images still say something about them: four times as many in the end.
+        # Networks without convolutions cost so little that they can be rewarded on more.
         convolutional = any(layer.is_convolution for layer in graph.layers)
-        batch = torch.randint(len(self.data.labels), (options.batch_size * (1 if convolutional else 3),))
+        count = options.batch_size * (1 + 3 * self.step / options.steps) * (1 if convolutional else 3)
+        batch = torch.randint(len(self.data.labels), (round(count),))
         images, labels = self.data[batch.to(options.device)]
         images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
         with torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=self.use_bf16):
