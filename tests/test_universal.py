@@ -16,7 +16,7 @@ from torch import nn
 import evaluate_generalization
 from diffusion_model import rollout
 from target_cnn import TargetCNN, UserError, flatten_weights, load_mnist, score
-from universal import GraphWeightSynthesizer, load_synthesizer, synthesize
+from universal import GraphWeightSynthesizer, load_synthesizer, synthesize, train
 from universal.architectures import (
     EVALUATED,
     EVALUATED_SHAPES,
@@ -349,7 +349,9 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
         synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
 
 
-@pytest.mark.parametrize(("name", "least"), [("TargetCNN", 98.1), ("MLP 784-256-128-10", 95.5)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("TargetCNN", 98.1), ("MLP 784-256-128-10", 95.5), ("5 convolutions", 97.9)]
+)
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
     assert score(network, digits).accuracy_percent > least
@@ -462,6 +464,14 @@ def test_a_training_that_diverges_gets_one_line(tmp_path):
     assert not (tmp_path / "diverged.pth").exists()
 
 
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path, monkeypatch, refusal):
+    losses = iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(train.Training, "one_step", lambda self: torch.tensor(next(losses)))
+    line = refusal(train.main, *TRAINING[2:-2], "--steps", 3, *files(tmp_path, "run"))
+    assert "the loss is not finite after 3 steps" in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_broken_training_state_is_refused_and_kept(tmp_path):
     path = tmp_path / "run_training.pth"
     torch.save({"settings": 1}, path)
@@ -473,12 +483,12 @@ def test_a_broken_training_state_is_refused_and_kept(tmp_path):
 
 
 def test_two_processes_train_together(tmp_path):
-    options = [*TRAINING, "--steps", 3, "--report-every", 3]
+    options = [*TRAINING, "--steps", 10, "--report-every", 10]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     both = command(*options, *files(tmp_path, "both"), launcher=launcher)
     assert both.returncode == 0, both.stderr
     assert "processes: 2" in both.stdout
-    assert both.stdout.count("Step 3/3") == 1  # one process reports
+    assert both.stdout.count("Step 10/10") == 1  # one process reports
     alone = command(*options, *files(tmp_path, "alone"))
     assert alone.returncode == 0, alone.stderr
     found, expected = state(tmp_path, "both"), state(tmp_path, "alone")
