@@ -52,7 +52,7 @@ EARLIER_STEPS = {0: 18, 1: 1, 2: 1}  # how often to start from weights that so m
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=15_000, help="architectures drawn, per process")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=11_500, help="architectures drawn, per process")
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images of the first steps")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
@@ -145,12 +145,12 @@ class Training:
         rates = [options.lr, options.lr * TASK_LEARNING_RATE]
         self.adam = torch.optim.AdamW(
             [{"params": networks, "weight_decay": 1e-4}, {"params": task, "weight_decay": 0.0}],
-            betas=(0.9, 0.98),
+            betas=(0.95, 0.99),
             fused=True,
         )
         warm_up = 0.1 if options.steps > 10 else 0.0  # a tenth of 10 steps, no step at all, is divided by
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.adam, rates, total_steps=options.steps, pct_start=warm_up
+            self.adam, rates, total_steps=options.steps, pct_start=warm_up, cycle_momentum=False
         )
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
 
@@ -185,10 +185,10 @@ class Training:
             for step in range(earlier):
                 init = self.synthesizer(graph, init, min(step, 1))
 
-        # The better the networks, the fewer images still say something about them: four times as many in the end.
+        # The better the networks, the fewer images still say something about them: three times as many in the end.
         # Networks without convolutions cost so little that they can be rewarded on more.
         convolutional = any(layer.is_convolution for layer in graph.layers)
-        count = options.batch_size * (1 + 3 * self.step / options.steps) * (1 if convolutional else 3)
+        count = options.batch_size * (1 + 2 * self.step / options.steps) * (1 if convolutional else 3)
         batch = torch.randint(len(self.data.labels), (round(count),))
         images, labels = self.data[batch.to(options.device)]
         images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
