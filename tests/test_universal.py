@@ -29,8 +29,8 @@ from universal.architectures import (
 from universal.graph import ComputationGraph
 from universal.synthesizer import (
     SYNTHESIZER,
+    InverseSquareRoot,
     balance,
-    inverse_square_root,
     position_functions,
     random_weights,
     save_synthesizer,
@@ -291,9 +291,13 @@ def test_permuted_neurons_are_written_permuted(name, step):
 def test_the_inverse_square_root_is_one():
     features = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrix = features.T @ features / 40 + 0.1 * torch.eye(12)
-    root = inverse_square_root(matrix)
+    root = InverseSquareRoot.apply(matrix)
     torch.testing.assert_close(root @ matrix @ root, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-6)
     torch.testing.assert_close(root, root.T)
+    for symmetric in (matrix, torch.eye(12, dtype=torch.float64)):  # of which all eigenvalues coincide
+        assert torch.autograd.gradcheck(
+            lambda x: InverseSquareRoot.apply((x + x.T) / 2), symmetric.clone().requires_grad_()
+        )
 
 
 def test_a_small_kernel_is_like_the_middle_of_a_large_one():
@@ -355,6 +359,23 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
     assert score(network, digits).accuracy_percent > least
+
+
+@pytest.mark.parametrize("name", ["TargetCNN", "5 convolutions", "MLP 784-256-128-10"])
+def test_hidden_neurons_are_on_for_some_images_and_off_for_others(synthesizer, digits, name):
+    graph = ComputationGraph(EVALUATED[name]())
+    weights = synthesizer(graph, random_weights(graph, seed=1))
+    on = {}
+
+    def respond(layer, inputs):
+        responses = layer(inputs, weights[layer.weight], weights[layer.bias])
+        on[layer.name] = (responses > 0).float().mean().item()
+        return responses
+
+    with torch.inference_mode():
+        graph(digits.images, respond)
+    del on[graph.last.name]
+    assert all(0.2 < share < 0.9 for share in on.values()), on
 
 
 def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):

@@ -26,7 +26,7 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE, ComputationGraph, Layer
 
 SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 3
+VERSION = 4
 FREQUENCIES = 7  # cosines along each side of a kernel
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
@@ -233,7 +233,12 @@ class GraphWeightSynthesizer(nn.Module):
     def write_hidden(
         self, layer: Layer, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The new weight of a hidden layer, of any scale, and the bias of its standardised responses."""
+        """The new weight of a hidden layer, of any scale, and the bias of its standardised responses.
+
+        The bias stays within one deviation. Free, it grows in training until no neuron is ever off: random inits do
+        not disturb linear layers, so these are easier to write, but the network is then worth no more than a shallower
+        one, and too sensitive to be trained further.
+        """
         codes, bias = self.code(neurons, about).split([self.dimension, 1], 1)
         weight = self.bilinear(layer, keys, self.code_norm(codes), about)
         if features is not None:
@@ -244,7 +249,7 @@ class GraphWeightSynthesizer(nn.Module):
             fitted = ridge_regression(features, wanted, ridge)
             share = self.scalar("concept_share", about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
-        return weight, 0.3 * bias[:, 0]
+        return weight, torch.tanh(0.3 * bias[:, 0])
 
     def write_classes(self, layer: Layer, keys: Tensor, about: Tensor, features: Tensor | None) -> Tensor:
         """The new weight of the last layer, of any scale."""
@@ -305,7 +310,7 @@ class GraphWeightSynthesizer(nn.Module):
         inverse_deviation = torch.rsqrt(covariance.diagonal().clamp(min=0) + 1e-8)
         correlation = covariance * inverse_deviation[:, None] * inverse_deviation
         ridge = (self.scalar("correlation_ridge", about) + 1e-2) * torch.eye(len(mean)).to(mean)
-        mix = inverse_square_root(correlation + ridge) * inverse_deviation
+        mix = InverseSquareRoot.apply(correlation + ridge) * inverse_deviation
         mix = mix * torch.rsqrt(((mix @ covariance) * mix).sum(1, keepdim=True).clamp(min=0) + 1e-8)
         positions_first = weight.movedim(1, -1)  # as the weight lies in memory
         weight = (mix @ positions_first.flatten(1)).view(positions_first.shape).movedim(-1, 1)
@@ -376,18 +381,25 @@ def ridge_regression(features: Tensor, targets: Tensor, ridge: Tensor) -> Tensor
     return torch.cholesky_solve(targets, factor).T @ features / scale
 
 
-def inverse_square_root(matrix: Tensor, iterations: int = 10) -> Tensor:
-    """The inverse square root of a positive definite matrix, by the coupled iteration of Newton and Schulz.
+class InverseSquareRoot(torch.autograd.Function):
+    """The inverse square root of a symmetric positive definite matrix.
 
-    Products of matrices only, so that its gradient exists where eigenvalues coincide (Higham, Functions of Matrices,
-    section 6.7). Eigenvalues below a thousandth of the norm are not raised all the way.
+    Its gradient is that of Daleckii and Krein (Higham, Functions of Matrices, theorem 3.11), which exists where
+    eigenvalues coincide too; that of torch.linalg.eigh does not.
     """
-    norm, identity = matrix.norm(), torch.eye(len(matrix)).to(matrix)
-    root, inverse = matrix / norm, identity
-    for _ in range(iterations):
-        correction = torch.addmm(identity, inverse, root, beta=1.5, alpha=-0.5)
-        root, inverse = root @ correction, correction @ inverse
-    return inverse * torch.rsqrt(norm)
+
+    @staticmethod
+    def forward(ctx, matrix: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(matrix)
+        roots = values.clamp(min=1e-6).sqrt()
+        ctx.save_for_backward(roots, vectors)
+        return (vectors / roots) @ vectors.T
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        roots, vectors = ctx.saved_tensors
+        divided_differences = -1 / (roots[:, None] * roots * (roots[:, None] + roots))
+        return vectors @ ((vectors.T @ gradient @ vectors) * divided_differences) @ vectors.T
 
 
 def position_functions(layer: Layer) -> Tensor:
