@@ -51,7 +51,7 @@ def log_uniform(draw: random.Random, low: int, high: int) -> int:
 def draw_once(draw: random.Random, classes: int) -> nn.Module:
     plain = draw.random() < PLAIN  # as most people build them: the rest have everything that is supported
     channels = 1 if plain else draw.choices(IMAGE_CHANNELS, [7, 3])[0]
-    convolutions = draw.choices([0, 1, 2, 3, 4], [5, 1, 8, 2, 2])[0]
+    convolutions = draw.choices([0, 1, 2, 3, 4], [8, 1, 7, 2, 2])[0]
     activation = nn.ReLU if plain else draw.choices([nn.ReLU, nn.GELU], [2, 1])[0]
     layers: list[nn.Module] = []
     side, multiplications = IMAGE_SIDE, 0
@@ -87,7 +87,7 @@ def draw_once(draw: random.Random, classes: int) -> nn.Module:
         return draw_once(draw, classes)
     features = channels * side**2
     widest = 160 if layers else 256
-    hidden = draw.choices([0, 1, 2, 3], [2, 8, 1, 1] if layers else [1, 1, 3, 1])[0]
+    hidden = draw.choices([0, 1, 2, 3], [2, 8, 1, 1] if layers else [3, 1, 6, 1])[0]
     if not layers and not hidden:
         features = max(IMAGE_CHANNELS) * IMAGE_SIDE**2  # the linear classifier of one channel is evaluated
     layers.append(nn.Flatten())
