@@ -4,7 +4,9 @@
 
 draws at every step a random architecture, a random init of it and a batch of training images; the synthesiser writes
 the weights, and the cross-entropy of the written network on the images, differentiated through the network, trains the
-synthesiser (design document, section 4.1.3). Killed, the same command goes on from its last checkpoint.
+synthesiser (design document, section 4.1.3). After a quarter of the steps, networks with convolutions are written in
+pairs from two inits and rewarded for the mean of their probabilities, so that they do not all make the same errors.
+Killed, the same command goes on from its last checkpoint.
 
     torchrun --nproc-per-node=2 -m universal.train
 
@@ -52,7 +54,7 @@ EARLIER_STEPS = {0: 16, 1: 2, 2: 2}  # how often to start from weights that so m
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=34_000, help="architectures drawn, per process")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=27_000, help="architectures drawn, per process")
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images of the first steps")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
@@ -112,11 +114,14 @@ class Reward(nn.Module):
         super().__init__()
         self.synthesizer = synthesizer
 
-    def forward(self, graph: ComputationGraph, init: dict, step: int, images: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy of the network written from `init`, nats per image."""
-        with torch.autocast(images.device.type, enabled=False):
-            weights = self.synthesizer(graph, init, step)
-        return F.cross_entropy(graph.run(images, weights).float(), labels)
+    def forward(self, graph: ComputationGraph, inits: list[dict], step: int, images: Tensor, labels: Tensor) -> Tensor:
+        """The cross-entropy of the mean probabilities of the networks written from `inits`, nats per image."""
+        log_probabilities = []
+        for init in inits:
+            with torch.autocast(images.device.type, enabled=False):
+                weights = self.synthesizer(graph, init, step)
+            log_probabilities.append(graph.run(images, weights).float().log_softmax(1))
+        return F.nll_loss(torch.stack(log_probabilities).logsumexp(0) - math.log(len(inits)), labels)
 
 
 class Training:
@@ -180,24 +185,23 @@ class Training:
         torch.manual_seed(drawn.getrandbits(31))
         network = draw_architecture(drawn, classes=10)
         graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
-        init = random_weights(graph, drawn.getrandbits(31))
-        init = {name: tensor.to(options.device) for name, tensor in init.items()}
         (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
-        with torch.no_grad():
-            for step in range(earlier):
-                init = self.synthesizer(graph, init, min(step, 1))
+        convolutional = any(layer.is_convolution for layer in graph.layers)
+        # Two networks that are rewarded together learn to err differently; before they are any good, that is a burden.
+        pair = convolutional and earlier == 0 and self.step >= options.steps / 4
+        inits = [self.draw_init(graph, drawn, earlier) for _ in range(2 if pair else 1)]
 
         # The better the networks, the fewer images still say something about them: three times as many in the end.
         # Networks without convolutions cost so little that they can be rewarded on more.
-        convolutional = any(layer.is_convolution for layer in graph.layers)
-        count = options.batch_size * (1 + 2 * self.step / options.steps) * (1 if convolutional else 3)
+        share = 2 / 3 if pair else 1 if convolutional else 3
+        count = options.batch_size * (1 + 2 * self.step / options.steps) * share
         batch = torch.randint(len(self.data.labels), (round(count),))
         images, labels = self.data[batch.to(options.device)]
         if len(graph.layers) > 1:  # a linear classifier cannot see through a distortion
             images = distorted(images, 1.5 if convolutional else 1.0)
         images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
         with torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=self.use_bf16):
-            reward = self.parallel(graph, init, min(earlier, 1), images, labels)
+            reward = self.parallel(graph, inits, min(earlier, 1), images, labels)
         loss = (reward + 0.02).log()  # lets good and bad architectures weigh alike
         self.adam.zero_grad()
         loss.backward()
@@ -207,6 +211,15 @@ class Training:
         self.schedule.step()
         self.average.update_parameters(self.synthesizer)
         return reward.detach()
+
+    def draw_init(self, graph: ComputationGraph, drawn: random.Random, earlier: int) -> dict[str, Tensor]:
+        """A random init of `graph`, or what so many `earlier` generative steps make of it."""
+        init = random_weights(graph, drawn.getrandbits(31))
+        init = {name: tensor.to(self.options.device) for name, tensor in init.items()}
+        with torch.no_grad():
+            for step in range(earlier):
+                init = self.synthesizer(graph, init, min(step, 1))
+        return init
 
     def report(self) -> None:
         """Print the progress, with the accuracy on validation images of two networks that are never trained on."""
