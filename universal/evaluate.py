@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusion_model import rollout
 from target_cnn import (
     Dataset,
     Score,
@@ -29,6 +30,7 @@ from target_cnn import (
     save_file,
     save_json,
     score,
+    score_weights,
     scoring_data,
     table,
     training_data,
@@ -37,7 +39,7 @@ from train_target_model import fast_bf16, train_epoch
 from universal.architectures import EVALUATED
 from universal.generalization import error_overlap, mean_pairwise_overlap
 from universal.graph import ComputationGraph
-from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
+from universal.synthesizer import SYNTHESIZER, FlatSynthesizer, GraphWeightSynthesizer, load_synthesizer
 
 STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
 
@@ -49,6 +51,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=number(int, 1, 100), default=6, help="generative steps in a row")
     parser.add_argument("--starts", type=number(int, 1, 100), default=5, help="inits to train from, and in ensembles")
     parser.add_argument("--epochs", type=number(int, 0, 100), default=2, help="epochs of Adam from each start")
+    parser.add_argument("--generated-lr", type=number(float, 1e-9, 1e3), default=3e-4, help="Adam's from those written")
+    parser.add_argument("--random-lr", type=number(float, 1e-9, 1e3), default=1e-3, help="Adam's from random weights")
     parser.add_argument(
         "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path("assets/universal.png"), help="picture to save"
     )
@@ -83,7 +87,11 @@ def main() -> None:
     steps = [summary(f"step {step}", row) for step, row in enumerate(step_scores(synthesizer, data, options), start=1)]
     print(networks_table(steps), flush=True)
 
-    print(f"\nAdam from generated and from random TargetCNNs, {options.starts} seeds:", flush=True)
+    print(
+        f"\nAdam from generated TargetCNNs (learning rate {options.generated_lr:g}) and from random ones "
+        f"({options.random_lr:g}), {options.starts} seeds:",
+        flush=True,
+    )
     training, trained = compare_starts(synthesizer, train, data, options)
     print(training_table(training), flush=True)
 
@@ -115,11 +123,11 @@ def main() -> None:
     print(f"Plot saved to {options.plot}")
 
 
-def generate(synthesizer: GraphWeightSynthesizer, build, seed: int, steps: int = 1) -> nn.Module:
+def generate(synthesizer: GraphWeightSynthesizer, build, seed: int) -> nn.Module:
     """A network written from the random init of `seed`."""
     torch.manual_seed(seed)
     network = build().to(synthesizer.probes.device, memory_format=torch.channels_last)
-    return synthesizer.synthesize(network, steps=steps)
+    return synthesizer.synthesize(network)
 
 
 @torch.inference_mode()
@@ -136,11 +144,12 @@ def writing_time(synthesizer: GraphWeightSynthesizer, repetitions: int = 20) -> 
 
 def step_scores(synthesizer: GraphWeightSynthesizer, data: Dataset, options: argparse.Namespace) -> list[list[Score]]:
     """For each step, the scores of the TargetCNNs of `--starts` inits."""
-    seeds = range(options.seed, options.seed + options.starts)
-    return [
-        [score(generate(synthesizer, TargetCNN, seed, step), data) for seed in seeds]
-        for step in range(1, options.steps + 1)
-    ]
+    inits = []
+    for seed in range(options.seed, options.seed + options.starts):
+        torch.manual_seed(seed)
+        inits.append(flatten_weights(TargetCNN().to(options.device)))
+    states = rollout(FlatSynthesizer(synthesizer, TargetCNN()), torch.stack(inits), options.steps)
+    return [score_weights(states_of_step, data) for states_of_step in states[1:]]
 
 
 def summary(name: str, results: list[Score]) -> dict:
@@ -182,15 +191,17 @@ def compare_starts(
 ) -> tuple[list[dict], list[Tensor]]:
     """Accuracies in percent over epochs of Adam from both starts; and what the trained networks get wrong.
 
-    Both starts of a seed see the same images in the same order.
+    Both starts of a seed see the same images in the same order, at the learning rate that suits each: trained weights
+    are not to be moved as far as random ones.
     """
+    rates = {"generated": options.generated_lr, "random": options.random_lr}
     rows, trained = [], []
     for seed in range(options.seed, options.seed + options.starts):
         for start in STARTS:
             torch.manual_seed(seed)
             network = generate(synthesizer, TargetCNN, seed) if start == "generated" else TargetCNN()
             network = network.to(options.device, memory_format=torch.channels_last)
-            adam = torch.optim.Adam(network.parameters(), fused=True)
+            adam = torch.optim.Adam(network.parameters(), lr=rates[start], fused=True)
             torch.manual_seed(seed)
             results = [score(network, data)]
             for epoch in range(1, options.epochs + 1):
@@ -198,7 +209,8 @@ def compare_starts(
                     network, adam, train, 128, fast_bf16(options.device), f"{start} start {seed}, epoch {epoch}"
                 )
                 results.append(score(network, data))
-            rows.append({"seed": seed, "start": start, "accuracy_percent": [r.accuracy_percent for r in results]})
+            accuracies = [result.accuracy_percent for result in results]
+            rows.append({"seed": seed, "start": start, "learning_rate": rates[start], "accuracy_percent": accuracies})
             if start == "random":
                 trained.append(results[-1].wrong)
     return rows, trained
