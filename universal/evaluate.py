@@ -51,7 +51,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=number(int, 1, 100), default=6, help="generative steps in a row")
     parser.add_argument("--starts", type=number(int, 1, 100), default=5, help="inits to train from, and in ensembles")
     parser.add_argument("--epochs", type=number(int, 0, 100), default=2, help="epochs of Adam from each start")
-    parser.add_argument("--generated-lr", type=number(float, 1e-9, 1e3), default=3e-4, help="Adam's from those written")
+    parser.add_argument("--generated-lr", type=number(float, 1e-9, 1e3), default=1e-4, help="Adam's from those written")
     parser.add_argument("--random-lr", type=number(float, 1e-9, 1e3), default=1e-3, help="Adam's from random weights")
     parser.add_argument(
         "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path("assets/universal.png"), help="picture to save"
