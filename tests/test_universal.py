@@ -477,6 +477,30 @@ def test_training_improves_and_goes_on_after_a_kill_bit_for_bit(tmp_path):
     assert not (tmp_path / "killed_training.pth").exists()
 
 
+def test_a_pair_is_rewarded_for_its_mean_probabilities(synthesizer, digits):
+    graph = ComputationGraph(mlp([20]))
+    inits = [random_weights(graph, seed) for seed in (0, 1)]
+    images, labels = digits[:200]
+    with torch.inference_mode():
+        reward = train.Reward(synthesizer)(graph, inits, 0, images, labels)
+        mean = sum(graph.run(images, synthesizer(graph, init)).softmax(1) for init in inits) / 2
+        alone = [train.Reward(synthesizer)(graph, [init], 0, images, labels) for init in inits]
+    torch.testing.assert_close(reward, F.nll_loss(mean.log(), labels))
+    assert reward < sum(alone) / 2
+
+
+def test_three_quarters_of_the_images_are_distorted_and_stay_readable(synthesizer, digits):
+    torch.manual_seed(0)
+    moved = train.distorted(digits.images, 1.5)
+    changed = (moved != digits.images).flatten(1).any(1)
+    assert changed[:1500].all()
+    assert not changed[1500:].any()
+    assert (moved >= digits.images.min() - 1e-5).all()  # the background stays what it was
+    assert (moved <= digits.images.max() + 1e-5).all()
+    network = synthesizer.synthesize(TargetCNN(), seed=0)
+    assert score(network, digits._replace(images=moved)).accuracy_percent > 95
+
+
 def test_a_training_that_diverges_gets_one_line(tmp_path):
     diverged = command(*TRAINING, "--steps", 10, "--lr", 1000, *files(tmp_path, "diverged"))
     assert diverged.returncode == 2
