@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from target_cnn import UserError, load_file, save_tensors
+from scripting import UserError, load_file, save_tensors
 
 
 def time_network(time_dim: int) -> nn.Sequential:
@@ -160,6 +160,29 @@ def standardise(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # A single row, or equal ones, are their own mean: any scale will do.
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return rows.div_(scale), mean, scale
+
+
+def train_in_span(model: SpanDiffusion, epochs: int, lr: float, shrinkage: float) -> None:
+    """Full-batch Adam, printing the loss about ten times. Raises UserError if it diverges.
+
+    The loss is the mean squared error plus `shrinkage` times the mean squared output: its least value draws every
+    prediction from the recorded epoch to the mean target, by shrinkage / (1 + shrinkage) of the way.
+    """
+    adam = torch.optim.Adam(model.parameters(), lr=lr)
+    grams = model.gram_matrices()
+    for epoch in range(epochs):
+        error, output = model.losses(*grams)
+        loss = error + shrinkage * output
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:
+            print(
+                f"Epoch {epoch + 1:{len(str(epochs))}d}/{epochs}: Loss = {loss:.6f}, Squared Error = {error:.6f}",
+                flush=True,
+            )
+            if not loss.isfinite():
+                raise UserError(f"the loss is {loss.item()} after {epoch + 1} epochs, nothing saved: lower --lr")
 
 
 @torch.inference_mode()

@@ -10,7 +10,8 @@ from itertools import zip_longest
 
 from diffusion_model import load_diffusion, rollout
 from evaluate_generalization import evaluation_parser, plot
-from target_cnn import Score, find_runs, load_run, run_script, score_weights, scoring_data, table
+from scripting import run_script, table
+from target_cnn import Score, find_runs, load_run, score_weights, scoring_data
 
 
 def parse_options() -> argparse.Namespace:

@@ -13,36 +13,39 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion_model import load_diffusion, rollout
-from target_cnn import (
-    CHECKPOINTS,
-    Score,
-    TargetCNN,
+from diffusion_model import rollout
+from scripting import (
     UserError,
     add_data_options,
-    checkpoint_path,
-    find_runs,
-    flatten_weights,
-    load_file,
-    load_log,
-    load_run,
-    load_weights,
     number,
     option_parser,
     output_file,
     run_script,
     save_file,
     save_json,
+    table,
+)
+from target_cnn import (
+    CHECKPOINTS,
+    Score,
+    TargetCNN,
+    checkpoint_path,
+    fast_bf16,
+    find_runs,
+    flatten_weights,
+    load_log,
+    load_run,
+    load_weights,
+    random_init,
     score_weights,
     scoring_data,
-    table,
+    train_epoch,
     training_data,
 )
-from train_target_model import fast_bf16, train_epoch
+from universal.flat import load_generator
 from universal.generalization import assess, cost, report, starting_points
-from universal.synthesizer import FlatSynthesizer, is_synthesizer, load_synthesizer
 
 
 def parse_options() -> argparse.Namespace:
@@ -128,22 +131,6 @@ def main() -> None:
     plot(generated_scores, original_scores[: options.steps + 1], options.plot, record["networks"])
     print(f"Plot saved to {options.plot}")
     print("Evaluation finished.")
-
-
-def load_generator(path: Path, dimension: int, device: torch.device) -> nn.Module:
-    """The diffusion model or the universal synthesiser that is saved at `path`, for TargetCNNs.
-
-    Raises UserError as `load_diffusion` and `load_synthesizer` do.
-    """
-    if is_synthesizer(load_file(path, mmap=True)):
-        return FlatSynthesizer(load_synthesizer(path, device), TargetCNN())
-    return load_diffusion(path, dimension, device)
-
-
-def random_init(seed: int) -> Tensor:
-    """The random initial weights of a TargetCNN, [421642]."""
-    torch.manual_seed(seed)
-    return flatten_weights(TargetCNN())
 
 
 def train_reference(options: argparse.Namespace) -> Tensor:

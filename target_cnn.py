@@ -1,19 +1,15 @@
-"""The target system: the CNN whose weights are synthesised, its task (MNIST), its score, and its weights as a vector.
+"""The target system: the CNN whose weights are synthesised, its task (MNIST), its training, its score, and its weights.
 
-Design document, section 2.1. Below the target system stands the small ground that every script shares: options,
-devices, files and one-line errors.
+Design document, section 2.1.
 """
 
-import argparse
 import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,12 +19,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from scripting import UserError, load_file, save_tensors
+
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 CHECKPOINTS = Path("checkpoints_weights_cnn")
-
-
-class UserError(Exception):
-    """Bad input. Its text is the one line that the user sees: which file or option, what is wrong, what to do."""
 
 
 # ---- the network ----------------------------------------------------------------------------------------------------
@@ -75,9 +69,24 @@ def load_weights(model: nn.Module, weights: Tensor) -> nn.Module:
     return model
 
 
+def random_init(seed: int) -> Tensor:
+    """The random initial weights of a TargetCNN, [421642]."""
+    torch.manual_seed(seed)
+    return flatten_weights(TargetCNN())
+
+
 def checkpoint_path(directory: Path, epoch: int) -> Path:
     """Where the weights after `epoch` epochs of a training run lie."""
     return directory / f"weights_epoch_{epoch}.pth"
+
+
+def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
+    """Save `model`'s state_dict as the weights after `epoch`. Raises UserError if they are not finite."""
+    path = checkpoint_path(directory, epoch)
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise UserError(f"{path}: not saved, training diverged to NaN or infinite weights: lower --lr")
+    save_tensors(path, state)
 
 
 def load_checkpoint(path: Path) -> Tensor:
@@ -206,6 +215,36 @@ def scoring_data(root: Path, validation: int, device: torch.device | str = "cpu"
     return load_mnist("train", root, device)[-validation:] if validation else load_mnist("test", root, device)
 
 
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16 faster than in fp32."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def train_epoch(
+    model: TargetCNN, adam: torch.optim.Adam, data: Dataset, batch_size: int, use_bf16: bool, label: str
+) -> float:
+    """One pass over `data` in random order; the mean training loss, nats per image."""
+    model.train()
+    total = torch.zeros((), device=data.labels.device)
+    order = torch.randperm(len(data.labels)).to(data.labels.device)  # drawn on the CPU: the same on every device
+    for batch in tqdm(order.split(batch_size), desc=label, leave=False, disable=None):
+        images, labels = data[batch]
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=use_bf16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        total += loss.detach() * len(labels)
+    return (total / len(order)).item()  # waits for the device, so the caller's clock is right
+
+
 # ---- the score ------------------------------------------------------------------------------------------------------
 
 
@@ -260,185 +299,3 @@ class OneDnnLayout(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_of(self.weights, (images.to_mkldnn(),)).to_dense()
-
-
-# ---- shared by the scripts: options, devices, files, errors ---------------------------------------------------------
-
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: an int or a float within [low, high]."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:  # NaN fails this too
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name} from {low} to {high}")
-        return value
-
-    return parse
-
-
-def output_file(*suffixes: str) -> Callable[[str], Path]:
-    """An argparse type: a file that can be written, so that a wrong path ends a script before its work."""
-
-    def parse(text: str) -> Path:
-        path = Path(text)
-        if path.suffix not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(suffixes)}")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text!r} is a directory")
-        output_directory(str(path.parent))
-        return path
-
-    return parse
-
-
-def output_directory(text: str) -> Path:
-    """An argparse type: a directory that can be written or made."""
-    path = Path(text)
-    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {str(existing)!r}")
-    return path
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def option_parser(description: str, seed: int) -> argparse.ArgumentParser:
-    """The parser of a script, with the options that every script takes."""
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    # PyTorch's CPU generator uses the lowest 32 bits only: larger seeds would repeat smaller ones unnoticed.
-    parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=seed, help="seed of all randomness")
-    parser.add_argument(
-        "--device", type=device, default=default_device(), help="where to compute, such as cpu, cuda or mps"
-    )
-    return parser
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a script that reads MNIST."""
-    parser.add_argument(
-        "--data", type=Path, default=Path(__file__).resolve().parent / "data", help="directory with MNIST/raw"
-    )
-    parser.add_argument(
-        "--validation",
-        type=number(int, 0, 50_000),
-        default=0,
-        help="for tuning: hold out this many training images and score on them instead of the test images",
-    )
-
-
-def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-
-
-def device(text: str) -> torch.device:
-    """An argparse type: a device that can hold a tensor."""
-    try:
-        chosen = torch.device(text)
-        torch.zeros(1, device=chosen).cpu()
-        if chosen.type == "meta":
-            raise RuntimeError("meta tensors hold no data")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine; try cpu") from error
-    torch.backends.cudnn.deterministic = True  # the same seed must give the same weights
-    return chosen
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
-    )
-
-
-def load_file(path: Path, mmap: bool = False, maker: str | None = None):
-    """`torch.load` on the CPU, never executing code from the file. Raises UserError if it cannot be read.
-
-    `maker` is the command that makes such a file.
-    """
-    maker = maker or maker_of(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: run {maker} first")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        reason = "cannot be read" if isinstance(error, PermissionError) else "is damaged, not a PyTorch file, or unsafe"
-        raise UserError(f"{path}: {reason}: make it again with {maker}") from error
-
-
-def maker_of(path: Path) -> str:
-    """The script that writes such a file."""
-    return "train_target_model.py" if path.name.startswith("weights_epoch_") else "train_diffusion.py"
-
-
-def save_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Make `path` with `write(temporary path)`, whole or not at all: an earlier file survives any failure.
-
-    Raises UserError if it cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}): free some space or choose another path") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def save_tensors(path: Path, content) -> None:
-    """`torch.save` through `save_file`. The bytes depend on nothing but `content`."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as stream:  # given a path, torch.save would write its random name into the file
-            torch.save(content, stream)
-
-    save_file(path, write)
-
-
-def save_json(path: Path, content) -> None:
-    """Save `content` as indented JSON through `save_file`."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    save_file(path, lambda temporary: temporary.write_text(text))
-
-
-def current_umask() -> int:
-    """The umask of this process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
-    try:
-        main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    # Everything is written. Taking the interpreter down would only add a second, to free what torch imported.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)

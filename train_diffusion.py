@@ -12,18 +12,9 @@ from pathlib import Path
 
 import torch
 
-from diffusion_model import SpanDiffusion, save_diffusion
-from target_cnn import (
-    CHECKPOINTS,
-    UserError,
-    find_runs,
-    load_log,
-    load_run,
-    number,
-    option_parser,
-    output_file,
-    run_script,
-)
+from diffusion_model import SpanDiffusion, save_diffusion, train_in_span
+from scripting import UserError, number, option_parser, output_file, run_script
+from target_cnn import CHECKPOINTS, find_runs, load_log, load_run
 
 
 def parse_options() -> argparse.Namespace:
@@ -54,36 +45,13 @@ def main() -> None:
     torch.manual_seed(options.seed)
     start = time.perf_counter()
     model = SpanDiffusion.of_runs(runs)
-    train(model, options.epochs, options.lr, options.shrinkage)
+    train_in_span(model, options.epochs, options.lr, options.shrinkage)
     model.seconds["training"] = time.perf_counter() - start
     if all(logs):  # what recording cost is only known of runs that train_target_model.py recorded
         model.seconds["recording"] = sum(epoch["seconds"] for log in logs for epoch in log)
     print(f"Trained in {model.seconds['training']:.2f} s")
     save_diffusion(model.cpu(), options.out)
     print(f"Diffusion model saved to {options.out}")
-
-
-def train(model: SpanDiffusion, epochs: int, lr: float, shrinkage: float) -> None:
-    """Full-batch Adam, printing the loss about ten times. Raises UserError if it diverges.
-
-    The loss is the mean squared error plus `shrinkage` times the mean squared output: its least value draws every
-    prediction from the recorded epoch to the mean target, by shrinkage / (1 + shrinkage) of the way.
-    """
-    adam = torch.optim.Adam(model.parameters(), lr=lr)
-    grams = model.gram_matrices()
-    for epoch in range(epochs):
-        error, output = model.losses(*grams)
-        loss = error + shrinkage * output
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        if epoch % max(1, epochs // 10) == 0 or epoch == epochs - 1:
-            print(
-                f"Epoch {epoch + 1:{len(str(epochs))}d}/{epochs}: Loss = {loss:.6f}, Squared Error = {error:.6f}",
-                flush=True,
-            )
-            if not loss.isfinite():
-                raise UserError(f"the loss is {loss.item()} after {epoch + 1} epochs, nothing saved: lower --lr")
 
 
 if __name__ == "__main__":

@@ -12,26 +12,27 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm import tqdm
 
-from target_cnn import (
-    CHECKPOINTS,
-    Dataset,
-    TargetCNN,
+from scripting import (
     UserError,
     add_data_options,
-    checkpoint_path,
-    find_runs,
     number,
     option_parser,
     output_directory,
-    recorded_epochs,
     run_script,
     save_json,
-    save_tensors,
+)
+from target_cnn import (
+    CHECKPOINTS,
+    TargetCNN,
+    checkpoint_path,
+    fast_bf16,
+    find_runs,
+    recorded_epochs,
+    save_checkpoint,
     score,
     scoring_data,
+    train_epoch,
     training_data,
 )
 
@@ -93,42 +94,6 @@ def run_directories(directory: Path, runs: int) -> list[Path]:
         if not set(recorded) <= set(directories):
             raise UserError(f"{directory}: holds other recorded runs: delete them or choose another --checkpoints")
     return directories
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bf16 faster than in fp32."""
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def train_epoch(
-    model: TargetCNN, adam: torch.optim.Adam, data: Dataset, batch_size: int, use_bf16: bool, label: str
-) -> float:
-    """One pass over `data` in random order; the mean training loss, nats per image."""
-    model.train()
-    total = torch.zeros((), device=data.labels.device)
-    order = torch.randperm(len(data.labels)).to(data.labels.device)  # drawn on the CPU: the same on every device
-    for batch in tqdm(order.split(batch_size), desc=label, leave=False, disable=None):
-        images, labels = data[batch]
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=use_bf16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        total += loss.detach() * len(labels)
-    return (total / len(order)).item()  # waits for the device, so the caller's clock is right
-
-
-def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
-    """Save `model`'s state_dict as the weights after `epoch`. Raises UserError if they are not finite."""
-    path = checkpoint_path(directory, epoch)
-    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    if not all(tensor.isfinite().all() for tensor in state.values()):
-        raise UserError(f"{path}: not saved, training diverged to NaN or infinite weights: lower --lr")
-    save_tensors(path, state)
 
 
 def print_epoch(epoch: int, loss: float | None, accuracy_percent: float, seconds: float, validation: int) -> None:

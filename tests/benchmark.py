@@ -24,9 +24,9 @@ from torch import nn
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diffusion, rollout  # noqa: E402
-from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, number, score_weights, scoring_data, table  # noqa: E402
-from train_diffusion import train  # noqa: E402
+from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diffusion, rollout, train_in_span  # noqa: E402
+from scripting import number, table  # noqa: E402
+from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, score_weights, scoring_data  # noqa: E402
 
 
 def main() -> None:
@@ -56,7 +56,7 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(0)
     span = SpanDiffusion.of_runs([run])
-    train(span, epochs=100, lr=1e-3, shrinkage=2.0)
+    train_in_span(span, epochs=100, lr=1e-3, shrinkage=2.0)
     ours = time.perf_counter() - start
     error, output = span.losses(*span.gram_matrices())
     goal = (error + 2.0 * output).item()
@@ -181,11 +181,11 @@ def many_pairs(run: torch.Tensor) -> tuple[float, float]:
         torch.save(run, Path(directory) / "run.pt")
         code = (
             "import sys, time, torch; sys.path.insert(0, sys.argv[1])\n"
-            "from diffusion_model import SpanDiffusion; from train_diffusion import train\n"
+            "from diffusion_model import SpanDiffusion, train_in_span\n"
             "run = torch.load('run.pt', weights_only=True)\n"
             "runs = [run + 0.01 * torch.randn_like(run) for _ in range(100)]\n"
             "start = time.perf_counter(); model = SpanDiffusion.of_runs(runs); del runs\n"
-            "train(model, 100, 1e-3, 2.0); print('seconds', time.perf_counter() - start)"
+            "train_in_span(model, 100, 1e-3, 2.0); print('seconds', time.perf_counter() - start)"
         )
         with (Path(directory) / "out").open("w+") as output:
             process = subprocess.Popen([sys.executable, "-c", code, REPOSITORY], cwd=directory, stdout=output)

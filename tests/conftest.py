@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from target_cnn import UserError
+from scripting import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

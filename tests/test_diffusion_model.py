@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diffusion, rollout, save_diffusion
-from target_cnn import UserError
-from train_diffusion import train
+from diffusion_model import (
+    SimpleWeightSpaceDiffusion,
+    SpanDiffusion,
+    load_diffusion,
+    rollout,
+    save_diffusion,
+    train_in_span,
+)
+from scripting import UserError
 
 DIMENSION = 40
 
@@ -17,7 +23,7 @@ def span() -> SpanDiffusion:
     torch.manual_seed(0)
     runs = [torch.randn(epochs, DIMENSION, dtype=torch.float64) for epochs in (4, 3)]
     model = SpanDiffusion.of_runs(runs, time_dim=8, hidden=16)
-    train(model, epochs=5, lr=1e-2, shrinkage=0.5)
+    train_in_span(model, epochs=5, lr=1e-2, shrinkage=0.5)
     return model
 
 
@@ -119,7 +125,7 @@ def test_training_lowers_the_loss_towards_its_bound():
     model = SpanDiffusion.of_runs([torch.randn(5, 300)])
     first, _ = model.losses(*model.gram_matrices())
     assert first.item() == pytest.approx(1, abs=1e-4)  # the mean target, in standardised units
-    train(model, epochs=300, lr=1e-3, shrinkage=0)
+    train_in_span(model, epochs=300, lr=1e-3, shrinkage=0)
     last, _ = model.losses(*model.gram_matrices())
     assert last < 0.01
 
@@ -127,7 +133,7 @@ def test_training_lowers_the_loss_towards_its_bound():
 def test_one_pair_and_constant_runs_can_be_learnt():
     for runs in ([torch.randn(2, DIMENSION)], [torch.ones(3, DIMENSION)]):
         model = SpanDiffusion.of_runs(runs)
-        train(model, epochs=3, lr=1e-3, shrinkage=2)
+        train_in_span(model, epochs=3, lr=1e-3, shrinkage=2)
         next_weights = model.expand()(runs[0][:1], torch.zeros(1))
         torch.testing.assert_close(next_weights, runs[0][1:2])
 

@@ -13,8 +13,8 @@ from target_cnn import (
     load_run,
     load_weights,
     score_weights,
+    train_epoch,
 )
-from train_target_model import train_epoch
 from universal.generalization import (
     INTERPOLATES,
     NEW_NETWORKS,

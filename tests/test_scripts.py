@@ -17,7 +17,18 @@ import evaluate_generalization
 import train_diffusion
 import train_target_model
 from diffusion_model import SpanDiffusion, save_diffusion
-from target_cnn import Dataset, TargetCNN, UserError, checkpoint_path, load_checkpoint, load_log, load_mnist, load_run
+from scripting import UserError
+from target_cnn import (
+    Dataset,
+    TargetCNN,
+    checkpoint_path,
+    fast_bf16,
+    load_checkpoint,
+    load_log,
+    load_mnist,
+    load_run,
+    train_epoch,
+)
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
 SCRIPTS = [train_target_model, train_diffusion, evaluate_generalization, evaluate_diffusion]
@@ -141,7 +152,7 @@ def test_the_same_seed_trains_the_same_weights():
         torch.manual_seed(seed)
         model = TargetCNN().to(memory_format=torch.channels_last)
         adam = torch.optim.Adam(model.parameters(), fused=True)
-        train_target_model.train_epoch(model, adam, data, 100, train_target_model.fast_bf16(torch.device("cpu")), "")
+        train_epoch(model, adam, data, 100, fast_bf16(torch.device("cpu")), "")
         return torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
 
     first = train(1)

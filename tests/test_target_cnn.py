@@ -9,10 +9,10 @@ from conftest import REPOSITORY
 from torch import nn
 
 import target_cnn
+from scripting import UserError, save_file
 from target_cnn import (
     Dataset,
     TargetCNN,
-    UserError,
     checkpoint_path,
     find_runs,
     flatten_weights,
@@ -20,7 +20,6 @@ from target_cnn import (
     load_mnist,
     load_run,
     load_weights,
-    save_file,
     score,
     score_weights,
     scoring_data,

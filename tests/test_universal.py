@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, run
 from torch import nn
 
-import evaluate_generalization
 from diffusion_model import rollout
-from target_cnn import TargetCNN, UserError, flatten_weights, load_mnist, score
+from scripting import UserError
+from target_cnn import TargetCNN, flatten_weights, load_mnist, random_init, score
 from universal import GraphWeightSynthesizer, load_synthesizer, synthesize, train
 from universal.architectures import (
     EVALUATED,
@@ -26,6 +26,7 @@ from universal.architectures import (
     mlp,
     parameter_shapes,
 )
+from universal.flat import load_generator
 from universal.graph import ComputationGraph
 from universal.synthesizer import (
     SYNTHESIZER,
@@ -386,8 +387,8 @@ def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):
 
 
 def test_it_takes_the_diffusion_model_s_place(synthesizer):
-    generator = evaluate_generalization.load_generator(SYNTHESIZER, 421_642, torch.device("cpu"))
-    inits = torch.stack([evaluate_generalization.random_init(seed) for seed in (1, 2)])
+    generator = load_generator(SYNTHESIZER, 421_642, torch.device("cpu"))
+    inits = torch.stack([random_init(seed) for seed in (1, 2)])
     states = rollout(generator, inits, 2)
     assert states.shape == (3, 2, 421_642)
     torch.manual_seed(2)

@@ -16,30 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion_model import rollout
-from target_cnn import (
-    Dataset,
-    Score,
-    TargetCNN,
+from scripting import (
     UserError,
     add_data_options,
-    flatten_weights,
     number,
     option_parser,
     output_file,
     run_script,
     save_file,
     save_json,
+    table,
+)
+from target_cnn import (
+    Dataset,
+    Score,
+    TargetCNN,
+    fast_bf16,
+    flatten_weights,
     score,
     score_weights,
     scoring_data,
-    table,
+    train_epoch,
     training_data,
 )
-from train_target_model import fast_bf16, train_epoch
 from universal.architectures import EVALUATED
+from universal.flat import FlatSynthesizer
 from universal.generalization import error_overlap, mean_pairwise_overlap
 from universal.graph import ComputationGraph
-from universal.synthesizer import SYNTHESIZER, FlatSynthesizer, GraphWeightSynthesizer, load_synthesizer
+from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 
 STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
 

@@ -14,7 +14,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from target_cnn import Dataset, Score, TargetCNN, score_weights, table
+from scripting import table
+from target_cnn import Dataset, Score, TargetCNN, score_weights
 
 # The verdict's thresholds. On MNIST the errors of two CNNs trained from different seeds overlap by about 0.4; those of
 # a trained CNN and itself plus noise of a third of its weights' size, by more than 0.7.

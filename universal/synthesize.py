@@ -18,17 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from target_cnn import (
-    UserError,
-    add_data_options,
-    number,
-    option_parser,
-    output_file,
-    run_script,
-    save_tensors,
-    score,
-    scoring_data,
-)
+from scripting import UserError, add_data_options, number, option_parser, output_file, run_script, save_tensors
+from target_cnn import score, scoring_data
 from universal.graph import ComputationGraph
 from universal.synthesizer import SYNTHESIZER, load_synthesizer
 

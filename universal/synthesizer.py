@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from target_cnn import UserError, load_file, save_tensors
+from scripting import UserError, load_file, save_tensors
 from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE, ComputationGraph, Layer
 
 SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
@@ -476,23 +476,3 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
 def is_synthesizer(content) -> bool:
     """Whether a loaded file is a synthesiser's, of whatever version."""
     return isinstance(content, dict) and content.get("model") == GraphWeightSynthesizer.__name__
-
-
-class FlatSynthesizer(nn.Module):
-    """A synthesiser for one architecture with the interface of the diffusion models: flat weights in and out."""
-
-    def __init__(self, synthesizer: GraphWeightSynthesizer, module: nn.Module):
-        super().__init__()
-        self.synthesizer, self.seconds = synthesizer, synthesizer.seconds
-        self.graph = ComputationGraph(module)
-
-    @torch.inference_mode()
-    def forward(self, weights: Tensor, step: Tensor) -> Tensor:
-        """The next weights, [batch, parameters], of `weights` [batch, parameters] at `step` [batch]."""
-        sizes = [parameter.numel() for parameter in self.graph.parameters.values()]
-        rows = []
-        for row, index in zip(weights, step.tolist(), strict=True):
-            parts = zip(self.graph.parameters.items(), row.split(sizes), strict=True)
-            written = self.synthesizer(self.graph, {name: part.view_as(like) for (name, like), part in parts}, index)
-            rows.append(torch.cat([written[name].reshape(-1) for name in self.graph.parameters]))
-        return torch.stack(rows)

@@ -27,9 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from target_cnn import (
-    Dataset,
-    TargetCNN,
+from scripting import (
     UserError,
     add_data_options,
     load_file,
@@ -38,11 +36,8 @@ from target_cnn import (
     output_file,
     run_script,
     save_tensors,
-    score,
-    scoring_data,
-    training_data,
 )
-from train_target_model import fast_bf16
+from target_cnn import Dataset, TargetCNN, fast_bf16, score, scoring_data, training_data
 from universal.architectures import draw_architecture, mlp
 from universal.graph import IMAGE_SIDE, ComputationGraph
 from universal.synthesizer import MAKER, SYNTHESIZER, GraphWeightSynthesizer, random_weights, save_synthesizer

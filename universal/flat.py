@@ -1,0 +1,42 @@
+"""Generators of flat TargetCNN weights: the diffusion model, or the synthesiser behind the same interface."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_model import load_diffusion
+from scripting import load_file
+from target_cnn import TargetCNN
+from universal.graph import ComputationGraph
+from universal.synthesizer import GraphWeightSynthesizer, is_synthesizer, load_synthesizer
+
+
+def load_generator(path: Path, dimension: int, device: torch.device) -> nn.Module:
+    """The diffusion model or the universal synthesiser that is saved at `path`, for TargetCNNs.
+
+    Raises UserError as `load_diffusion` and `load_synthesizer` do.
+    """
+    if is_synthesizer(load_file(path, mmap=True)):
+        return FlatSynthesizer(load_synthesizer(path, device), TargetCNN())
+    return load_diffusion(path, dimension, device)
+
+
+class FlatSynthesizer(nn.Module):
+    """A synthesiser for one architecture with the interface of the diffusion models: flat weights in and out."""
+
+    def __init__(self, synthesizer: GraphWeightSynthesizer, module: nn.Module):
+        super().__init__()
+        self.synthesizer, self.seconds = synthesizer, synthesizer.seconds
+        self.graph = ComputationGraph(module)
+
+    @torch.inference_mode()
+    def forward(self, weights: Tensor, step: Tensor) -> Tensor:
+        """The next weights, [batch, parameters], of `weights` [batch, parameters] at `step` [batch]."""
+        sizes = [parameter.numel() for parameter in self.graph.parameters.values()]
+        rows = []
+        for row, index in zip(weights, step.tolist(), strict=True):
+            parts = zip(self.graph.parameters.items(), row.split(sizes), strict=True)
+            written = self.synthesizer(self.graph, {name: part.view_as(like) for (name, like), part in parts}, index)
+            rows.append(torch.cat([written[name].reshape(-1) for name in self.graph.parameters]))
+        return torch.stack(rows)
