@@ -1,0 +1,343 @@
+"""Reading networks: whatever their forward pass is, what cannot be read, and that the module stays as it is."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from target_cnn import TargetCNN
+from universal.architectures import Gate, ResidualBlock, Sum
+from universal.graph import ComputationGraph, logits_of
+from universal.networks import EVALUATED, Example, VisionTransformer, mlp
+
+CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
+
+
+def flat(*layers: nn.Module, features: int, classes: int = 10) -> nn.Module:
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
+
+
+class OrdinaryPython(nn.Module):
+    """What tracing refuses: conditions, assertions, len, loops, printing, and layers made in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 6, 3)
+        self.more = nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1) for _ in range(2))
+        self.out = nn.Linear(6 * 13 * 13, 10)
+
+    def forward(self, x):
+        if x.ndim == 4:
+            x = self.first(x)
+        assert x.size(1) == 6
+        for layer in self.more:
+            x = nn.ReLU()(layer(x)) if x.abs().sum() > 0 else x
+        print("batch of", len(x))
+        return self.out(F.max_pool2d(x, 2).view(len(x), -1))
+
+
+class FunctionalForm(nn.Module):
+    """Parameters that belong to no layer module, in-place functions, an addition."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel, self.offset = nn.Parameter(torch.randn(6, 1, 5, 5)), nn.Parameter(torch.randn(6))
+        self.conv = nn.Conv2d(6, 6, 3, padding="same", dilation=2)
+        self.matrix = nn.Parameter(0.1 * torch.randn(6 * 7 * 7, 20))
+        self.out = nn.Parameter(torch.randn(10, 20))
+
+    def forward(self, images):
+        x = F.relu(F.conv2d(images, self.kernel, self.offset, stride=2, padding=2), inplace=True)
+        y = F.gelu(self.conv(x))
+        y += x
+        x = F.dropout(F.max_pool2d(y, 2), training=self.training)
+        return torch.tanh(x.view(x.size(0), -1) @ self.matrix) @ self.out.t()
+
+
+class AttentionByHand(nn.Module):
+    """Patches by unfolding, a class token, attention from one layer for queries, keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.qkv = nn.Linear(49, 16), nn.LayerNorm(16), nn.Linear(16, 48)
+        self.back, self.out = nn.Linear(16, 16), nn.Linear(16, 10)
+        self.token, self.places = nn.Parameter(torch.zeros(1, 1, 16)), nn.Parameter(0.02 * torch.randn(1, 17, 16))
+
+    def forward(self, x):
+        count = x.shape[0]
+        x = self.embed(x.unfold(2, 7, 7).unfold(3, 7, 7).reshape(count, 16, 49))
+        x = torch.cat([self.token.expand(count, -1, -1), x], 1) + self.places
+        q, k, v = self.qkv(self.norm(x)).reshape(count, 17, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        shares = (q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(-1)
+        x = x + self.back((shares @ v).transpose(1, 2).reshape(count, 17, 16))
+        return self.out(x[:, 0])
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` of one query, and `scaled_dot_product_attention`."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows, self.query, self.out = nn.Linear(28, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.rows(x.squeeze(1))
+        x = x + F.scaled_dot_product_attention(self.query(x), x, x)
+        mixed, shares = self.attention(x.mean(1, keepdim=True), x, x)
+        assert shares.shape == (len(x), 1, 28)
+        return self.out(mixed[:, 0])
+
+
+class UsedTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.out = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Linear(6, 10)
+
+    def forward(self, x):
+        return self.out(self.again(self.again(self.first(x)).relu()).relu().mean((2, 3)))
+
+
+class Rows(nn.Module):
+    """A 1-dimensional convolution over the columns of [N, 28, 28]: its channels are the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(28, 8, 3, padding=1, groups=2), nn.Linear(8 * 28, 10)
+
+    def forward(self, x):
+        return self.out(self.conv(x).relu().flatten(1)).log_softmax(1)
+
+
+class ByHand(nn.Module):
+    """A recurrent network written by hand: its layers are used 28 times."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.keep, self.out = nn.Linear(28, 12), nn.Linear(12, 12), nn.Linear(12, 10)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 12)
+        for row in x.squeeze(1).unbind(1):
+            state = torch.tanh(self.read(row) + self.keep(state))
+        return self.out(state)
+
+
+class Fork(nn.Module):
+    """Two branches, a gate, and a dictionary of results."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 8, 3), Gate(8, 2)
+        self.pooled, self.direct, self.out = nn.Linear(8, 8), nn.Linear(3 * 784, 8), nn.Linear(16, 10)
+
+    def forward(self, x):
+        pooled = F.relu(self.pooled(self.gate(self.conv(x)).amax((2, 3))))
+        return {"logits": self.out(torch.cat([pooled, torch.sigmoid(self.direct(x.flatten(1)))], 1))}
+
+
+# Networks, the number of layers and norms that they have, and what is left at its init.
+READ = {
+    "ordinary Python": (OrdinaryPython, 4, 0, []),
+    "functional": (FunctionalForm, 4, 0, []),
+    "attention by hand": (AttentionByHand, 4, 1, ["token"]),
+    "attention": (Attention, 7, 0, []),
+    "used twice": (UsedTwice, 3, 0, []),
+    "rows": (Rows, 2, 0, []),
+    "recurrent by hand": (ByHand, 3, 0, []),
+    "fork": (Fork, 6, 0, []),
+    "vision transformer": (VisionTransformer, 10, 4, []),
+    "flat images": (lambda: nn.Sequential(nn.Linear(784, 10)), 1, 0, []),
+    "groups": (
+        lambda: flat(
+            nn.Conv2d(1, 8, 3, 2), nn.Conv2d(8, 12, 3, groups=4), nn.Conv2d(12, 12, 3, groups=12), features=972
+        ),
+        4, 0, [],
+    ),
+    "circular padding": (lambda: flat(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), features=1568), 2, 0, []),
+    "norms": (
+        lambda: flat(
+            nn.BatchNorm2d(1), nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+            nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.InstanceNorm2d(8), nn.LayerNorm([8, 9, 9]),
+            nn.BatchNorm2d(8, affine=False), nn.InstanceNorm2d(8, affine=True, track_running_stats=True), features=648,
+        ),
+        4, 7, [],
+    ),
+    "activation with parameters": (lambda: flat(nn.Conv2d(1, 4, 3), nn.PReLU(4), features=4 * 676), 2, 0, ["1.weight"]),
+    "dead layer": (lambda: dead(), 2, 0, ["dead.weight", "dead.bias"]),
+    "classes from a convolution": (lambda: nn.Sequential(nn.Conv2d(1, 10, 3), *CLASSES), 1, 0, []),
+}  # fmt: skip
+
+
+def dead() -> nn.Module:
+    network = mlp([12])
+    network.dead = nn.Linear(3, 4)
+    network.forward = lambda x: network[3](network[2](network[1](network[0](x))))
+    return network
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_graph_computes_what_its_module_computes(name):
+    build, layers, norms, left = READ[name]
+    torch.manual_seed(0)
+    network = build().eval()
+    graph = ComputationGraph(network)
+    assert (len(graph.layers), len(graph.norms), graph.left, graph.classes) == (layers, norms, left, 10)
+    assert {*graph.written, *graph.left} == set(network.state_dict())
+    images = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        expected = logits_of(network(graph.format(images)))
+        torch.testing.assert_close(graph.run(images, {}), expected)
+        halved = {key: 0.5 * value for key, value in graph.weights().items()}
+        assert not torch.allclose(graph.run(images, halved), expected)
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_all_that_is_evaluated_can_be_read(name):
+    network = EVALUATED[name]()
+    graph = ComputationGraph(network)
+    weights = {key for key, value in network.state_dict().items() if value.dim() > 1 and "places" not in key}
+    assert {part.name for layer in graph.layers for part in layer.parts[:1]} == weights
+
+
+def test_reading_changes_nothing():
+    network = Example().train()
+    network.dropout1.eval()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    parameters = list(network.parameters())
+    random = torch.get_rng_state()
+    ComputationGraph(network)
+    assert network.training and network.conv1.training and not network.dropout1.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(one is other for one, other in zip(network.parameters(), parameters, strict=True))
+    assert torch.equal(torch.get_rng_state(), random)
+    norms = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(784, 10)).train()
+    ComputationGraph(norms)
+    assert norms[0].num_batches_tracked == 0 and norms[0].running_mean == 0
+
+
+def test_what_a_layer_reads_is_found():
+    graph = ComputationGraph(TargetCNN())
+    conv1, conv2, fc1, fc2 = graph.layers
+    assert [layer.depth for layer in graph.layers] == [0, 1, 2, 3]
+    assert [sorted(layer.sources) for layer in graph.layers] == [[-1], [0], [1], [2]]
+    assert conv2.channels[:, 0].tolist() == list(range(conv1.first_neuron, conv1.first_neuron + 32))
+    assert fc1.channels[:, 0].tolist() == list(range(conv2.first_neuron, conv2.first_neuron + 64))
+    assert fc1.grid.shape == (49, 2) and fc1.order is None
+    torch.testing.assert_close(fc1.grid[10], torch.tensor([1.5 / 7, 3.5 / 7]))
+    assert fc2.last and graph.last is fc2
+    assert conv1.activation == (0, 0, 0, 0, 0.5, 1, 2)
+
+
+def test_features_in_another_order_are_of_the_same_channels():
+    class ChannelsLast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 4, 3, stride=2), nn.Linear(4 * 169, 10)
+
+        def forward(self, x):
+            return self.out(self.conv(x).permute(0, 2, 3, 1).flatten(1))
+
+    layer = ComputationGraph(ChannelsLast()).last
+    assert layer.order.tolist()[:3] == [0, 4, 8] and len(layer.channels) == 4 and len(layer.grid) == 169
+    weight = torch.randn(10, 676)
+    kernels = layer.kernels({layer.weight.name: weight})
+    assert torch.equal(kernels[:, 1, 2], weight[:, 9])
+    assert torch.equal(layer.weight_of(kernels), weight)
+
+
+def test_additions_concatenations_and_products_are_followed():
+    block = Sum(nn.Conv2d(4, 4, 3, padding=1))
+    graph = ComputationGraph(nn.Sequential(nn.Conv2d(1, 4, 3), block, nn.Conv2d(4, 10, 3), *CLASSES))
+    assert graph.last.sources == {0, 1}
+    pairs = graph.neurons.blocks[-2][1]  # before the block of the last layer
+    assert pairs.tolist() == [[graph.layers[0].first_neuron + i, graph.layers[1].first_neuron + i] for i in range(4)]
+    gated = ComputationGraph(nn.Sequential(nn.Conv2d(1, 4, 3), Gate(4, 2), nn.Conv2d(4, 10, 3), *CLASSES))
+    assert gated.last.sources == {0, 2}
+    residual = ComputationGraph(nn.Sequential(nn.Conv2d(1, 4, 3, 4), ResidualBlock(4), nn.Conv2d(4, 10, 3), *CLASSES))
+    assert residual.last.sources == {0, 2} and residual.last.depth == 3
+
+
+def test_lazy_modules_are_initialised():
+    network = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(10))
+    assert ComputationGraph(network).last.shape == (10, 2704)
+    assert network[2].weight.shape == (10, 2704)
+
+
+def test_wrapped_networks_are_read():
+    for wrapped in (torch.compile(mlp([12])), nn.DataParallel(mlp([12]))):
+        assert [layer.name for layer in ComputationGraph(wrapped).layers] == ["1", "3"]
+
+
+# ---- what cannot be read --------------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(28, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, x):
+        states, _ = self.lstm(x.squeeze(1))  # the line that is named
+        return self.out(states[:, -1])
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.out = nn.Embedding(256, 4), nn.Linear(784 * 4, 10)
+
+    def forward(self, x):
+        return self.out(self.words((x * 100).long().clamp(0, 255).flatten(1)).flatten(1))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(784, 10), nn.Linear(784, 10)
+
+    def forward(self, x):
+        return self.one(x.flatten(1)) + self.two(x.flatten(1))
+
+
+class Pair(TwoHeads):
+    def forward(self, x):
+        return self.one(x.flatten(1)), self.two(x.flatten(1))
+
+
+class Raising(TwoHeads):
+    def forward(self, x):
+        raise KeyError("no such thing")
+
+
+def weight_normed(norm) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), norm(nn.Linear(784, 10)))
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (Recurrent, r"^lstm is not supported \(test_graph\.py, line \d+: states, _ = self\.lstm.*line that is named"),
+        (lambda: nn.Sequential(nn.Flatten(2), nn.GRU(784, 10)), "gru is not supported|returns a tuple"),
+        (Words, r"^embedding of values is not supported \(test_graph\.py, line \d+: return self\.out"),
+        (lambda: flat(nn.ConvTranspose2d(1, 2, 3), features=1800), "^conv_transpose2d is not supported"),
+        (lambda: weight_normed(nn.utils.parametrizations.weight_norm), r"computed from 1\.parametrizations\.weight"),
+        (lambda: weight_normed(nn.utils.parametrizations.spectral_norm), r"computed from 1\.parametrizations\.weight"),
+        (TwoHeads, "the output must be that of one layer"),
+        (Pair, "^Pair returns a tuple, not logits"),
+        (Raising, r"takes no images .* KeyError: 'no such thing' \(test_graph\.py, line \d+: raise KeyError"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), r"takes no images .*28, 28\] it says .*1024x10"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 4, 3)), r"has shape \[4, 26, 26\] per image"),
+        (lambda: nn.Sequential(nn.Flatten()), "the output must be that of one layer"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_named(build, reason):
+    network = build()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with pytest.raises(ValueError, match=reason) as caught:
+        ComputationGraph(network)
+    assert "\n" not in str(caught.value)
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
