@@ -1,0 +1,141 @@
+"""Writing: the weights of a layer, from what its neurons and those that it reads are."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions
+from universal.graph import Layer
+from universal.responses import decorrelate, ridge_regression, unit_responses, unit_rms
+from universal.task import Task
+
+SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
+# Positive numbers that depend on the layer, and the logarithms of what they start as.
+SCALARS = {
+    "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
+    "correlation_ridge": 0.0, "logit_scale": 0.5, "gain": 0.0,
+}  # fmt: skip
+
+
+class Writer(nn.Module):
+    """(a layer, the keys of its inputs, its neurons) -> its weight, [neurons, ...], and bias.
+
+    A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1, which turn a
+    sum over n random inputs into a quadrature, with functions of the position in the kernel or the map. The last layer
+    adds the ridge regression, on what the probes are there, of their labels; the hidden layers of networks without
+    convolutions, of concepts, mixed by the neuron's code.
+    """
+
+    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int):
+        super().__init__()
+        self.dimension, self.rank = dimension, rank
+        self.functions = PositionFunctions(dimension, hidden, rank)
+        self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
+        self.concept_scale = nn.Linear(dimension, concepts)
+        for start_at_zero in (*self.scalars.values(), self.concept_scale):
+            nn.init.zeros_(start_at_zero.weight)
+            nn.init.zeros_(start_at_zero.bias)
+        self.code = ConditionedMLP(dimension, dimension, hidden, dimension + 1)
+        self.code_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
+        self.class_code = ConditionedMLP(dimension, dimension, hidden, dimension)
+        self.class_code_norm = nn.LayerNorm(dimension)
+        self.kernels = nn.Linear(dimension, rank * dimension, bias=False)
+        self.maps = nn.Linear(dimension, rank * dimension, bias=False)
+        self.concept_code = ConditionedMLP(dimension, dimension, hidden, concepts)
+        self.concept_code_norm = nn.Sequential(nn.LayerNorm(concepts), AcrossNeurons())
+
+    def hidden(
+        self, layer: Layer, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None, task: Task
+    ) -> tuple[Tensor, Tensor]:
+        """The new weight of a hidden layer, of any scale, and the bias of its standardised responses.
+
+        The bias stays within one deviation. Free, it grows in training until no neuron is ever off: random inits do
+        not disturb linear layers, so these are easier to write, but the network is then worth no more than a shallower
+        one, and too sensitive to be trained further.
+        """
+        codes, bias = self.code(neurons, about).split([self.dimension, 1], 1)
+        weight = self.bilinear(layer, keys, self.code_norm(codes), about)
+        if features is not None:
+            concepts = F.layer_norm(task.concepts[: len(features)], task.concepts.shape[1:])
+            concepts = concepts * self.concept_scale(about).exp()
+            ridge = self.scalar("concept_ridge", about)
+            wanted = concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T
+            fitted = ridge_regression(features, wanted, ridge)
+            share = self.scalar("concept_share", about)
+            weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
+        return weight, torch.tanh(0.3 * bias[:, 0])
+
+    def classes(self, layer: Layer, keys: Tensor, about: Tensor, features: Tensor | None, task: Task) -> Tensor:
+        """The new weight of the last layer, of any scale."""
+        classes = F.layer_norm(task.classes[: layer.shape[0]], [self.dimension])
+        codes = self.class_code_norm(self.class_code(classes, about))
+        weight = self.bilinear(layer, keys, codes, about)
+        if features is not None:
+            # Few probes may guide the classes but not decide on them: training would take this short way and end there.
+            count = len(features)
+            ridge = self.scalar("label_ridge", about) + 6 / count
+            fitted = ridge_regression(features, task.labels[:count, : layer.shape[0]], ridge)
+            share = self.scalar("label_share", about)
+            share = share / (1 + share * 64 / count)  # below count / 64
+            flat = weight.flatten(1)
+            fitted = share * unit_responses(fitted, features, each=False)
+            weight = (unit_responses(flat, features, each=False) + fitted).view_as(weight)
+        return weight - weight.mean(0)  # what all classes share changes nothing
+
+    def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
+        """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
+        ridge = self.scalar("key_ridge", about) * torch.eye(self.dimension, device=keys.device)
+        dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
+        dual = dual.view(layer.groups, -1, self.dimension)
+        functions = self.functions(layer, about)
+        expanded = (self.kernels if layer.is_convolution else self.maps)(codes)
+        expanded = expanded.view(layer.groups, -1, self.rank, self.dimension)
+        # Whichever way makes less of it: along the positions first, or along the channels. Channels come last, so that
+        # the weight of a convolution lies as channels-last has it, which is the fastest.
+        if layer.positions > self.rank:
+            kernels = torch.einsum("gocr,pr->gopc", torch.einsum("gord,gcd->gocr", expanded, dual), functions)
+        else:
+            kernels = torch.einsum("gopd,gcd->gopc", torch.einsum("gord,pr->gopd", expanded, functions), dual)
+        kernels = kernels.flatten(0, 1).movedim(2, 1)
+        return layer.weight_of(kernels / math.sqrt(kernels[0].numel() * self.rank * self.dimension))
+
+    def scalar(self, name: str, about: Tensor) -> Tensor:
+        """One of the positive numbers that depend on the layer, [1]."""
+        return (self.scalars[name](about) + SCALARS[name]).exp()
+
+    def to_scale(
+        self, layer: Layer, inputs: Tensor, weight: Tensor, mean: Tensor, gain: Tensor, about: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The weight and the bias of a hidden layer brought to scale, and the probes' responses with them.
+
+        The responses of a neuron come to a deviation of `gain`, [1], and, where the layer has a bias, to so many
+        deviations, `mean`, in the mean. They are also made less alike than they were. Of a convolution, a part of the
+        probes is enough.
+        """
+        some = inputs[:SCALING_PROBES] if layer.is_convolution else inputs
+        responses = layer(some, weight).movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2)
+        own_mean = responses.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
+        responses = responses - own_mean
+        inverse_deviation = torch.rsqrt(responses.square().mean(0) + 1e-8)
+        responses = (responses * inverse_deviation).unflatten(1, (layer.groups, -1))
+        positions_first = weight.movedim(1, -1)  # as the weight of a convolution lies in memory
+        values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse_deviation[:, None]
+        values = values.unflatten(0, (layer.groups, -1))
+        values = decorrelate(responses, self.scalar("correlation_ridge", about) + 1e-2, values).flatten(0, 1)
+        weight = gain * values[:, :-1].view(positions_first.shape).movedim(-1, 1)
+        bias = gain * (mean - values[:, -1]) if layer.bias else None
+        return weight, bias, layer(inputs, weight, bias)
+
+    def classes_to_scale(
+        self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight of the last layer brought to scale, its bias, and the responses. Classes keep their scales."""
+        axis = 1 if layer.is_convolution else -1
+        responses = layer(inputs, weight).movedim(axis, -1)
+        logits = responses.flatten(1, -2).mean(1) if responses.dim() > 2 else responses  # averaged in the end
+        mean = logits.mean(0)
+        scale = self.scalar("logit_scale", about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
+        bias = -mean * scale
+        return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, axis)
