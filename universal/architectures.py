@@ -1,19 +1,99 @@
-"""The architectures that the synthesiser trains on, drawn at random, and the ones that it is evaluated on."""
+"""The architectures that the synthesiser trains on: random ones, of the kinds that people build for MNIST."""
 
 import math
 import random
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from target_cnn import TargetCNN
 from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 
-MOST_MULTIPLICATIONS = 16e6  # per image, of a drawn network: a TargetCNN has 4.2 million
-MOST_FEATURES = 6272  # values of an image that reach the first linear layer: twice a TargetCNN's
-PLAIN = 0.93  # share of networks of the plainest kind
+MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
+MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
+
+# What is drawn how often.
+ACTIVATIONS = {
+    nn.ReLU: 36, nn.GELU: 3, nn.SiLU: 2, nn.LeakyReLU: 2, nn.ELU: 2, nn.SELU: 1, nn.Tanh: 3, nn.Sigmoid: 1,
+    nn.Hardswish: 1, nn.ReLU6: 1, nn.Softplus: 1,
+}  # fmt: skip
+NORMS = {None: 20, "batch": 5, "group": 1, "layer": 1, "instance": 1}
+KERNELS = {3: 12, 5: 4, 1: 1, 7: 1, 4: 1, 2: 0.5, 8: 0.5, 6: 0.5}
+STAGES = {
+    "plain": 20, "residual": 4, "pre-activation": 1, "bottleneck": 1, "separable": 2, "inverted": 1, "branches": 2,
+    "dense": 1, "gated": 1,
+}  # fmt: skip
+
+
+class Sum(nn.Module):
+    """x -> after(shortcut(x) + inner(x)): a residual connection."""
+
+    def __init__(self, inner: nn.Module, shortcut: nn.Module | None = None, after: nn.Module | None = None):
+        super().__init__()
+        self.inner, self.shortcut, self.after = inner, shortcut or nn.Identity(), after or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.shortcut(x) + self.inner(x))
+
+
+class Concatenation(nn.Module):
+    """x -> the outputs of several branches, concatenated along the channels."""
+
+    def __init__(self, *branches: nn.Module):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class Gate(nn.Module):
+    """x -> x times what its gate, [N, channels, 1, 1], says of each channel (Hu et al. 2018)."""
+
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, channels, 1),
+            nn.Sigmoid(),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class Transposed(nn.Module):
+    """x -> inner applied to the transposed tokens [N, width, tokens], transposed back."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Tokens(nn.Module):
+    """Patches of the image as tokens with places, blocks that keep their shape, and the mean or the first of them."""
+
+    def __init__(
+        self, patch: int, width: int, blocks: list[nn.Module], classes: int, places: bool, class_token: bool, norm: bool
+    ):
+        super().__init__()
+        count = (IMAGE_SIDE // patch) ** 2
+        self.patches = nn.Conv2d(1, width, patch, stride=patch)
+        self.first = nn.Parameter(0.02 * torch.randn(1, 1, width)) if class_token else None
+        self.places = nn.Parameter(0.02 * torch.randn(1, count + class_token, width)) if places else None
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.out = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        if self.first is not None:
+            x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+        if self.places is not None:
+            x = x + self.places
+        x = self.norm(self.blocks(x))
+        return self.out(x.mean(1) if self.first is None else x[:, 0])
 
 
 class ResidualBlock(nn.Module):
@@ -25,18 +105,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, kernel, padding="same")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
-
-
-def draw_architecture(draw: random.Random, classes: int) -> nn.Module:
-    """A random network: 0 to 4 convolutions, 0 to 3 hidden linear layers. Never one that is evaluated.
-
-    Its weights are PyTorch's default init, from the global generator of torch.
-    """
-    while True:
-        network = draw_once(draw, classes)
-        if parameter_shapes(network) not in EVALUATED_SHAPES:
-            return network
+        return nn.functional.relu(x + self.conv2(nn.functional.relu(self.conv1(x))))
 
 
 def parameter_shapes(network: nn.Module) -> list[tuple[int, ...]]:
@@ -48,94 +117,229 @@ def log_uniform(draw: random.Random, low: int, high: int) -> int:
     return round(math.exp(draw.uniform(math.log(low), math.log(high))))
 
 
-def draw_once(draw: random.Random, classes: int) -> nn.Module:
-    plain = draw.random() < PLAIN  # as most people build them: the rest have everything that is supported
-    channels = 1 if plain else draw.choices(IMAGE_CHANNELS, [7, 3])[0]
-    convolutions = draw.choices([0, 1, 2, 3, 4], [8, 1, 7, 2, 2])[0]
-    activation = nn.ReLU if plain else draw.choices([nn.ReLU, nn.GELU], [2, 1])[0]
+def drawn(draw: random.Random, weights: dict):
+    """One of the keys, as often as its value says."""
+    return draw.choices(list(weights), list(weights.values()))[0]
+
+
+def draw_architecture(draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = ()) -> nn.Module:
+    """A random network whose parameters have none of the `refused` lists of shapes.
+
+    Its weights are PyTorch's default init, from the global generator of torch.
+    """
+    kinds = {"convolutions": 14, "mlp": 5, "tokens": 1.5}
+    makers = {"convolutions": Convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
+    while True:
+        made = makers[drawn(draw, kinds)](draw, classes)
+        network = made.network if isinstance(made, Convolutional) else made
+        if network is not None and parameter_shapes(network) not in refused:
+            return network
+
+
+def draw_hidden(
+    draw: random.Random, features: int, widths: list[int], classes: int, activation, norm
+) -> list[nn.Module]:
+    """Hidden linear layers and the classes."""
     layers: list[nn.Module] = []
-    side, multiplications = IMAGE_SIDE, 0
-    while convolutions > 0:
-        if layers and convolutions >= 2 and draw.random() < (0.15 if plain else 0.3):
-            kernel = 3 if plain else draw.choice([3, 5])
-            layers.append(ResidualBlock(channels, kernel))
-            multiplications += 2 * (channels * kernel * side) ** 2
-            convolutions -= 2
-        else:
-            width = log_uniform(draw, 8, 64)
-            kernel = draw.choices([3, 5], [9, 1])[0] if plain else draw.randint(1, 7)
-            stride, padding = 1, kernel // 2
-            if side > 7 and not plain:
-                stride = draw.choices([1, 2], [3, 1])[0]
-                padding = draw.choices([kernel // 2, 0], [2, 1])[0]
-            layers.append(nn.Conv2d(channels, width, kernel, stride, padding))
-            side = (side + 2 * padding - kernel) // stride + 1
-            multiplications += channels * width * (kernel * side) ** 2
-            channels = width
-            convolutions -= 1
-            layers.append(activation())
-        if side > 7 and (plain or draw.random() < 0.8):
-            pooling = nn.MaxPool2d if plain else draw.choice([nn.MaxPool2d, nn.AvgPool2d])
-            # Before a ReLU the maximum is the same as after it, and the ReLU costs a quarter.
-            before = isinstance(layers[-1], activation) and (plain or draw.random() < 0.5)
-            layers.insert(len(layers) - before, pooling(2))
-            side //= 2
-    if layers and not plain and draw.random() < 0.3:
-        side = draw.randint(1, 4)
-        layers.append(nn.AdaptiveAvgPool2d(side))
-    if channels * side**2 > MOST_FEATURES or multiplications > MOST_MULTIPLICATIONS:
-        return draw_once(draw, classes)
-    features = channels * side**2
-    widest = 160 if layers else 256
-    hidden = draw.choices([0, 1, 2, 3], [2, 8, 1, 1] if layers else [3, 1, 6, 1])[0]
-    if not layers and not hidden:
-        features = max(IMAGE_CHANNELS) * IMAGE_SIDE**2  # the linear classifier of one channel is evaluated
-    layers.append(nn.Flatten())
-    for _ in range(hidden):
-        width = log_uniform(draw, 32, widest)
-        layers += [nn.Linear(features, width), activation()]
+    for width in widths:
+        between = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}.get(norm, lambda _: None)(width)
+        layers += [layer for layer in (nn.Linear(features, width), between, activation()) if layer is not None]
         features = width
-    return nn.Sequential(*layers, nn.Linear(features, classes))
+    return [*layers, nn.Linear(features, classes)]
 
 
-# ---- never trained on -----------------------------------------------------------------------------------------------
+def draw_mlp(draw: random.Random, classes: int) -> nn.Module:
+    """0 to 5 hidden layers; a linear classifier only of three channels, as that of one is evaluated."""
+    hidden = drawn(draw, {0: 2, 1: 4, 2: 5, 3: 2, 4: 1, 5: 1})
+    widths = [log_uniform(draw, *((8, 64) if draw.random() < 0.2 else (32, 512))) for _ in range(hidden)]
+    if draw.random() < 0.5:
+        widths.sort(reverse=True)
+    features = IMAGE_SIDE**2 * (1 if hidden else max(IMAGE_CHANNELS))
+    activation, norm = drawn(draw, ACTIVATIONS), drawn(draw, {None: 6, "batch": 1, "layer": 0.5})
+    return nn.Sequential(nn.Flatten(), *draw_hidden(draw, features, widths, classes, activation, norm))
 
 
-def mlp(hidden: list[int]) -> nn.Module:
-    """A multi-layer perceptron with so many hidden neurons in each layer; a linear classifier without any."""
-    widths = [IMAGE_SIDE**2, *hidden]
-    layers = [layer for sizes in zip(widths, hidden, strict=False) for layer in (nn.Linear(*sizes), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 10))
+def draw_tokens(draw: random.Random, classes: int) -> nn.Module:
+    """A small vision transformer (Dosovitskiy et al. 2021) or an MLP-Mixer (Tolstikhin et al. 2021)."""
+    patch = draw.choice([4, 7, 7])
+    heads = draw.choice([2, 4])
+    width = 4 * round(log_uniform(draw, 32, 96) / 4)
+    count = (IMAGE_SIDE // patch) ** 2
+    blocks: list[nn.Module] = []
+    mixer = draw.random() < 0.3
+    class_token = not mixer and draw.random() < 0.3
+    for _ in range(draw.randint(1, 3)):
+        wide = width * draw.choice([1, 2, 4])
+        if mixer:
+            tokens = log_uniform(draw, 16, 64)
+            mix = [nn.Linear(count, tokens), nn.GELU(), nn.Linear(tokens, count)]
+            blocks.append(Sum(nn.Sequential(nn.LayerNorm(width), Transposed(nn.Sequential(*mix)))))
+            mix = [nn.Linear(width, wide), nn.GELU(), nn.Linear(wide, width)]
+            blocks.append(Sum(nn.Sequential(nn.LayerNorm(width), *mix)))
+        else:
+            activation = draw.choice(["relu", "gelu"])
+            blocks.append(
+                nn.TransformerEncoderLayer(
+                    width, heads, wide, 0.0, activation, batch_first=True, norm_first=draw.random() < 0.5
+                )
+            )
+    places, norm = draw.random() < 0.8, draw.random() < 0.5
+    return Tokens(patch, width, blocks, classes, places, class_token, norm)
 
 
-def cnn(channels: list[int], hidden: int) -> nn.Module:
-    """3x3 convolutions, the first two followed by pooling, and a hidden linear layer, as a TargetCNN has them."""
-    layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(zip([1, *channels], channels, strict=False)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(), *([nn.MaxPool2d(2)] if index < 2 else [])]
-    side = IMAGE_SIDE // 4
-    return nn.Sequential(
-        *layers, nn.Flatten(), nn.Linear(channels[-1] * side**2, hidden), nn.ReLU(), nn.Linear(hidden, 10)
-    )
+class Convolutional:
+    """A random network of 1 to 10 convolutions in the making; `network` is None if it would cost too much."""
 
+    def __init__(self, draw: random.Random, classes: int):
+        self.draw = draw
+        self.activation = drawn(draw, ACTIVATIONS)
+        self.norm = drawn(draw, NORMS)
+        self.channels = 1 if draw.random() < 0.95 else 3
+        self.side, self.multiplications = IMAGE_SIDE, 0
+        self.layers: list[nn.Module] = []
+        left = drawn(draw, {1: 2, 2: 10, 3: 3, 4: 4, 5: 2, 6: 2, 8: 2, 10: 1})
+        deep = left > 3
+        widest = 64 if left > 1 or draw.random() < 0.5 else 32
+        kind = drawn(draw, STAGES)
+        pooling = drawn(draw, {nn.MaxPool2d: 5, nn.AvgPool2d: 1, None: 1})
+        every = 1 if not deep else draw.choice([1, 2, 2, 3])  # stages between reductions of the maps
+        stage = 0
+        while left > 0:
+            width = log_uniform(draw, 4 if draw.random() < 0.1 else 8, widest)
+            reduce = (
+                self.side > 4 and (stage % every == every - 1 or not deep) and (self.side > 7 or draw.random() < 0.3)
+            )
+            stride = 2 if reduce and pooling is None else 1
+            used = kind if (self.layers or kind == "branches") and draw.random() < 0.8 else "plain"
+            left -= self.add_stage(used, width, stride)
+            stage += 1
+            if reduce and pooling is not None:
+                self.add_pooling(pooling)
+            if self.multiplications > 2 * MOST_MULTIPLICATIONS:
+                break
+        self.add_head(classes)
 
-def residual_network(width: int = 32) -> nn.Module:
-    """6 convolutions: two residual blocks, a convolution before each, and a linear layer."""
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), ResidualBlock(width),
-        nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), ResidualBlock(width),
-        nn.Flatten(), nn.Linear(width * (IMAGE_SIDE // 4) ** 2, 10),
-    )  # fmt: skip
+    def add_head(self, classes: int) -> None:
+        """Global average pooling or the flattened maps, hidden layers, and the classes."""
+        draw = self.draw
+        head = drawn(draw, {"flat": 12, "pooled": 6, "classes": 0.7, "few": 0.5})
+        if head == "classes":  # from a convolution
+            self.layers += [self.conv(self.channels, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        else:
+            if head != "flat":
+                side = 1 if head == "pooled" else min(self.side, draw.randint(2, 4))
+                self.layers.append(nn.AdaptiveAvgPool2d(side))
+                self.side = side
+            features = self.channels * self.side**2
+            hidden = drawn(draw, {0: 3, 1: 6, 2: 1.5, 3: 0.5} if head == "flat" else {0: 8, 1: 2})
+            widths = [
+                log_uniform(draw, 16 if draw.random() < 0.2 else 32, 256 if draw.random() < 0.3 else 128)
+                for _ in range(hidden)
+            ]
+            norm = self.norm if draw.random() < 0.5 else None
+            self.layers += [nn.Flatten(), *draw_hidden(draw, features, widths, classes, self.activation, norm)]
+            self.multiplications += features * (widths[0] if widths else classes)
+            if features > MOST_FEATURES:
+                self.multiplications = math.inf
+        self.network = nn.Sequential(*self.layers) if self.multiplications <= MOST_MULTIPLICATIONS else None
 
+    def add_pooling(self, pooling: type[nn.Module]) -> None:
+        size, stride = (2, 2) if self.draw.random() < 0.9 else (3, 2)
+        # Before a ReLU the maximum is the same as after it, and the ReLU costs a quarter.
+        before = isinstance(self.layers[-1], nn.ReLU) and pooling is nn.MaxPool2d and self.draw.random() < 0.6
+        self.layers.insert(len(self.layers) - before, pooling(size, stride))
+        self.side = (self.side - size) // stride + 1
 
-EVALUATED: dict[str, Callable[[], nn.Module]] = {
-    "TargetCNN": TargetCNN,
-    "half width": lambda: cnn([16, 32], 64),
-    "double width": lambda: cnn([64, 128], 256),
-    "5 convolutions": lambda: cnn([16, 32, 32, 32, 32], 64),
-    "residual network of 6 convolutions": residual_network,
-    "MLP 784-256-128-10": lambda: mlp([256, 128]),
-    "linear classifier 784-10": lambda: mlp([]),
-}
-with torch.device("meta"):
-    EVALUATED_SHAPES = [parameter_shapes(build()) for build in EVALUATED.values()]
+    def conv(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, valid: bool = False
+    ) -> nn.Conv2d:
+        padding = 0 if valid else kernel // 2
+        side = (self.side + 2 * padding - kernel) // stride + 1
+        self.multiplications += inputs * outputs // groups * (kernel * side) ** 2
+        return nn.Conv2d(
+            inputs, outputs, kernel, stride, padding, groups=groups, bias=self.norm is None or self.draw.random() < 0.5
+        )
+
+    def normalised(self, layer: nn.Conv2d, activation: bool = True) -> list[nn.Module]:
+        """A convolution, the norm and the activation."""
+        return [layer, *self.norms(layer.out_channels), *([self.activation()] if activation else [])]
+
+    def norms(self, channels: int) -> list[nn.Module]:
+        if self.norm == "batch":
+            return [nn.BatchNorm2d(channels)]
+        if self.norm == "instance":
+            return [nn.InstanceNorm2d(channels, affine=self.draw.random() < 0.5)]
+        if self.norm is None:
+            return []
+        groups = self.draw.choice([n for n in (1, 2, 4, 8) if channels % n == 0]) if self.norm == "group" else 1
+        return [nn.GroupNorm(groups, channels)]
+
+    def add_stage(self, kind: str, width: int, stride: int) -> int:
+        """Add a stage of some `kind`; the convolutions that it counts as."""
+        inputs, draw = self.channels, self.draw
+        self.channels = width
+        counts = 2
+        if kind == "plain":
+            kernel = drawn(draw, KERNELS) if self.layers else drawn(draw, KERNELS | {1: 0})
+            valid = self.side > kernel + 3 and draw.random() < 0.25
+            layer = self.conv(inputs, width, kernel, stride, valid=valid)
+            self.layers += self.normalised(layer)
+            self.side = (self.side + 2 * layer.padding[0] - kernel) // stride + 1
+            return 1
+        if kind in ("residual", "bottleneck"):
+            middle = max(4, width // 4) if kind == "bottleneck" else width
+            kernels = (1, 3, 1) if kind == "bottleneck" else (draw.choice([3, 3, 3, 5]),) * 2
+            same = (inputs == width and stride == 1) or draw.random() < 0.6
+            if same:  # most blocks keep the width
+                self.channels, width, stride = inputs, inputs, 1
+                middle = inputs if kind == "residual" else max(4, inputs // 4)
+            widths = [inputs, *[middle] * (len(kernels) - 1), width]
+            inner = []
+            for place, kernel in enumerate(kernels):
+                layer = self.conv(widths[place], widths[place + 1], kernel, stride if place == 0 else 1)
+                inner += self.normalised(layer, activation=place < len(kernels) - 1)
+            shortcut = None if same else nn.Sequential(*self.normalised(self.conv(inputs, width, 1, stride), False))
+            self.layers.append(Sum(nn.Sequential(*inner), shortcut, self.activation() if draw.random() < 0.9 else None))
+            self.side = -(-self.side // stride)
+        elif kind == "pre-activation":
+            self.channels = inputs
+            inner = [
+                layer for _ in range(2)
+                for layer in (*self.norms(inputs), self.activation(), self.conv(inputs, inputs, 3))
+            ]  # fmt: skip
+            self.layers.append(Sum(nn.Sequential(*inner)))
+        elif kind == "separable":
+            depthwise = self.normalised(self.conv(inputs, inputs, 3, stride, groups=inputs), draw.random() < 0.8)
+            self.layers += [*depthwise, *self.normalised(self.conv(inputs, width, 1))]
+            self.side = -(-self.side // stride)
+        elif kind == "inverted":
+            wide = inputs * draw.choice([2, 4])
+            same = stride == 1
+            self.channels = inputs if same else width
+            inner = [
+                *self.normalised(self.conv(inputs, wide, 1)),
+                *self.normalised(self.conv(wide, wide, 3, stride, groups=wide)),
+                *self.normalised(self.conv(wide, self.channels, 1), False),
+            ]
+            self.layers.append(Sum(nn.Sequential(*inner)) if same else nn.Sequential(*inner))
+            self.side = -(-self.side // stride)
+        elif kind == "branches":
+            parts = [max(4, width // 2)] * 2
+            kernels = draw.choice([(1, 3), (3, 5), (3, 3)])
+            self.channels = sum(parts)
+            self.layers.append(Concatenation(*(
+                nn.Sequential(*self.normalised(self.conv(inputs, part, kernel, stride)))
+                for part, kernel in zip(parts, kernels, strict=True)
+            )))  # fmt: skip
+            self.side = -(-self.side // stride)
+        elif kind == "dense":
+            self.channels = inputs + width
+            self.layers.append(
+                Concatenation(nn.Identity(), nn.Sequential(*self.normalised(self.conv(inputs, width, 3))))
+            )
+            counts = 1
+        else:
+            self.layers += [*self.normalised(self.conv(inputs, width, 3, stride)), Gate(width, max(2, width // 4))]
+            self.side = -(-self.side // stride)
+            counts = 1
+        return counts
