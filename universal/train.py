@@ -37,13 +37,22 @@ from scripting import (
     run_script,
     save_tensors,
 )
-from target_cnn import Dataset, TargetCNN, fast_bf16, score, scoring_data, training_data
-from universal.architectures import draw_architecture, mlp
+from target_cnn import Dataset, fast_bf16, score, scoring_data, training_data
+from universal.architectures import draw_architecture
 from universal.graph import IMAGE_SIDE, ComputationGraph
-from universal.synthesizer import MAKER, SYNTHESIZER, GraphWeightSynthesizer, random_weights, save_synthesizer
+from universal.networks import EVALUATED, EVALUATED_SHAPES
+from universal.synthesizer import (
+    MAKER,
+    SYNTHESIZER,
+    GraphWeightSynthesizer,
+    load_synthesizer,
+    random_weights,
+    save_synthesizer,
+)
 
 AVERAGE_DECAY = 0.995  # of the exponential moving average
 TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, relative to the networks'
+REPORTED = {"TargetCNN": "TargetCNN", "MLP": "MLP 784-256-128-10", "8 conv": "8 convolutions, global pooling"}
 EARLIER_STEPS = {0: 16, 1: 2, 2: 2}  # how often to start from weights that so many steps have written before
 
 
@@ -58,6 +67,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=output_file(".pth"), default=Path("universal_training.pth"), help="state to go on from"
     )
+    parser.add_argument("--start-from", type=Path, help="a synthesiser to train on from, not from nothing")
     parser.add_argument("--out", type=output_file(".pth"), default=SYNTHESIZER, help="file to write")
     add_data_options(parser)
     parser.set_defaults(validation=2000)
@@ -109,13 +119,20 @@ class Reward(nn.Module):
         super().__init__()
         self.synthesizer = synthesizer
 
-    def forward(self, graph: ComputationGraph, inits: list[dict], step: int, images: Tensor, labels: Tensor) -> Tensor:
-        """The cross-entropy of the mean probabilities of the networks written from `inits`, nats per image."""
+    def forward(
+        self, graph: ComputationGraph, inits: list[dict], step: int, images: Tensor, labels: Tensor,
+        batch_statistics: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """The cross-entropy of the mean probabilities of the networks written from `inits`, nats per image.
+
+        With `batch_statistics` their norms use those of the images, as in training.
+        """
         log_probabilities = []
         for init in inits:
             with torch.autocast(images.device.type, enabled=False):
                 weights = self.synthesizer(graph, init, step)
-            log_probabilities.append(graph.run(images, weights).float().log_softmax(1))
+            logits = graph.run(images, weights, batch_statistics)
+            log_probabilities.append(logits.float().log_softmax(1))
         return F.nll_loss(torch.stack(log_probabilities).logsumexp(0) - math.log(len(inits)), labels)
 
 
@@ -130,10 +147,13 @@ class Training:
         faster = options.device.type != "cpu" and fast_bf16(options.device)
         self.use_bf16 = options.precision == "bf16" or (options.precision == "auto" and faster)
         torch.manual_seed(options.seed)
-        self.synthesizer = GraphWeightSynthesizer(options.probes)
-        first = first_of_each_class(self.data, options.probes)
-        self.synthesizer.start_from(first.images, first.labels)
-        self.synthesizer.to(options.device)
+        if options.start_from is None:
+            self.synthesizer = GraphWeightSynthesizer(options.probes)
+            first = first_of_each_class(self.data, options.probes)
+            self.synthesizer.task.start_from(first.images, first.labels)
+        else:
+            self.synthesizer = load_synthesizer(options.start_from)
+        self.synthesizer.to(options.device).train()
         self.average = AveragedModel(self.synthesizer, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         # Parallel processes average their gradients; layers of a kind that no process drew have none.
         self.parallel = (
@@ -141,7 +161,7 @@ class Training:
             if processes > 1
             else Reward(self.synthesizer)
         )
-        task = self.synthesizer.task_parameters()
+        task = self.synthesizer.task.data()
         networks = [p for p in self.synthesizer.parameters() if all(p is not other for other in task)]
         self.groups = [networks, task]
         rates = [options.lr, options.lr * TASK_LEARNING_RATE]
@@ -178,10 +198,10 @@ class Training:
         # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
         drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
         torch.manual_seed(drawn.getrandbits(31))
-        network = draw_architecture(drawn, classes=10)
+        network = draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES)
         graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
         (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
-        convolutional = any(layer.is_convolution for layer in graph.layers)
+        convolutional = graph.convolutional
         # Two networks that are rewarded together learn to err differently; before they are any good, that is a burden.
         pair = convolutional and earlier == 0 and self.step >= options.steps / 4
         inits = [self.draw_init(graph, drawn, earlier) for _ in range(2 if pair else 1)]
@@ -194,9 +214,11 @@ class Training:
         images, labels = self.data[batch.to(options.device)]
         if len(graph.layers) > 1:  # a linear classifier cannot see through a distortion
             images = distorted(images, 1.5 if convolutional else 1.0)
-        images = images.expand(-1, graph.channels, -1, -1).to(memory_format=torch.channels_last)
+        images = images.to(memory_format=torch.channels_last)
+        # Running statistics, which the probes give, are to be those of the images: networks must work with both.
+        batch_statistics = bool(graph.norms) and drawn.random() < 0.5
         with torch.autocast(options.device.type, dtype=torch.bfloat16, enabled=self.use_bf16):
-            reward = self.parallel(graph, inits, min(earlier, 1), images, labels)
+            reward = self.parallel(graph, inits, min(earlier, 1), images, labels, batch_statistics)
         loss = (reward + 0.02).log()  # lets good and bad architectures weigh alike
         self.adam.zero_grad()
         loss.backward()
@@ -209,19 +231,19 @@ class Training:
 
     def draw_init(self, graph: ComputationGraph, drawn: random.Random, earlier: int) -> dict[str, Tensor]:
         """A random init of `graph`, or what so many `earlier` generative steps make of it."""
-        init = random_weights(graph, drawn.getrandbits(31))
+        init = graph.weights() | random_weights(graph, drawn.getrandbits(31))
         init = {name: tensor.to(self.options.device) for name, tensor in init.items()}
         with torch.no_grad():
             for step in range(earlier):
-                init = self.synthesizer(graph, init, min(step, 1))
+                init |= self.synthesizer(graph, init, min(step, 1))
         return init
 
     def report(self) -> None:
         """Print the progress, with the accuracy on validation images of two networks that are never trained on."""
         accuracies = []
-        for name, build in {"TargetCNN": TargetCNN, "MLP": lambda: mlp([256, 128])}.items():
+        for name, title in REPORTED.items():
             torch.manual_seed(self.options.seed)
-            network = self.average.module.synthesize(build().to(self.options.device))
+            network = self.average.module.synthesize(EVALUATED[title]().to(self.options.device))
             accuracies.append(f"{score(network, self.validation).accuracy_percent:5.2f}% ({name})")
         minutes = self.seconds / self.step * (self.options.steps - self.step) / 60
         print(
@@ -234,7 +256,7 @@ class Training:
         """What a training that goes on must share with the one that was interrupted."""
         names = ("seed", "steps", "batch_size", "lr", "probes", "validation")
         return {name: getattr(self.options, name) for name in names} | {
-            "processes": self.processes, "use_bf16": self.use_bf16,
+            "processes": self.processes, "use_bf16": self.use_bf16, "start_from": str(self.options.start_from),
         }  # fmt: skip
 
     def parts(self) -> dict:
