@@ -2,14 +2,20 @@
 
     python -m universal.evaluate
 
-prints how networks written from unseen inits score on the test images, in one generative step and in six; whether they
-differ from each other and from trained networks; what an ensemble of them gives; and what they are worth as the start
-of training. It saves the picture assets/universal.png and, as universal_results.json, everything it found.
+prints how networks written from unseen inits score on the test images, beside one epoch of Adam, and what they are
+worth as the start of training; and of TargetCNNs, how they score over several generative steps, whether they differ
+from each other and from trained ones, and what an ensemble of them gives. It saves the picture assets/universal.png
+and, as universal_results.json, everything it found. With --epochs 0 nothing is trained, and what Adam reaches is taken
+from universal/results.json, the record of `python -m universal.evaluate --results universal/results.json`.
 """
 
 import argparse
+import json
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -39,22 +45,25 @@ from target_cnn import (
     train_epoch,
     training_data,
 )
-from universal.architectures import EVALUATED
 from universal.flat import FlatSynthesizer
 from universal.generalization import error_overlap, mean_pairwise_overlap
 from universal.graph import ComputationGraph
+from universal.networks import EVALUATED
 from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 
 STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
+RECORD = Path(__file__).resolve().parent / "results.json"
+BATCH_SIZE, FIRST_STEPS = 128, 100  # of Adam
 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Evaluate the universal synthesiser on networks that it was never trained on.", seed=1000)
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the trained synthesiser")
-    parser.add_argument("--inits", type=number(int, 2, 1000), default=20, help="unseen inits, from seeds SEED on")
+    parser.add_argument("--inits", type=number(int, 2, 1000), default=5, help="unseen inits, from seeds SEED on")
     parser.add_argument("--steps", type=number(int, 1, 100), default=6, help="generative steps in a row")
-    parser.add_argument("--starts", type=number(int, 1, 100), default=5, help="inits to train from, and in ensembles")
-    parser.add_argument("--epochs", type=number(int, 0, 100), default=2, help="epochs of Adam from each start")
+    parser.add_argument(
+        "--epochs", type=number(int, 0, 100), default=2, help="epochs of Adam from each TargetCNN; 0 to train none"
+    )
     parser.add_argument("--generated-lr", type=number(float, 1e-9, 1e3), default=1e-4, help="Adam's from those written")
     parser.add_argument("--random-lr", type=number(float, 1e-9, 1e3), default=1e-3, help="Adam's from random weights")
     parser.add_argument(
@@ -64,10 +73,7 @@ def parse_options() -> argparse.Namespace:
         "--results", type=output_file(".json"), default=Path("universal_results.json"), help="record to save"
     )
     add_data_options(parser)
-    options = parser.parse_args()
-    if options.starts > options.inits:
-        raise UserError(f"--starts {options.starts}: there are only --inits {options.inits}: lower it")
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -80,64 +86,115 @@ def main() -> None:
     milliseconds = writing_time(synthesizer)
     print(f"Writing a TargetCNN takes {milliseconds:.0f} ms, tracing not counted")
 
-    print(f"\nOne generative step from {options.inits} unseen inits:", flush=True)
-    scores = {
-        name: [score(generate(synthesizer, build, seed), data) for seed in seeds] for name, build in EVALUATED.items()
-    }
-    networks = [summary(name, results) for name, results in scores.items()]
+    known = {} if options.epochs else recorded_adam()
+
+    print(f"\nOne generative step from {options.inits} unseen inits, and Adam from one of them:", flush=True)
+    networks, wrong = [], {}
+    for name, build in EVALUATED.items():
+        results = [score(generate(synthesizer, build, seed), data) for seed in seeds]
+        adam = adam_from_both_starts(synthesizer, build, train, data, options) if options.epochs else known.get(name)
+        networks.append(summary(name, results) | {"adam": adam})
+        wrong[name] = [result.wrong for result in results]
+        print(f"{name}: {networks[-1]['mean']:.2f} %", file=sys.stderr, flush=True)
     print(networks_table(networks), flush=True)
+    starts = mean_after_first_steps(networks)
+    if starts is not None:
+        print(f"Mean after {FIRST_STEPS} steps of Adam: {starts['generated']:.2f}% from generated weights, "
+              f"{starts['random']:.2f}% from random ones")  # fmt: skip
 
-    print(f"\n{options.steps} generative steps of TargetCNN from {options.starts} unseen inits:", flush=True)
+    print(f"\n{options.steps} generative steps of TargetCNN from {options.inits} unseen inits:", flush=True)
     steps = [summary(f"step {step}", row) for step, row in enumerate(step_scores(synthesizer, data, options), start=1)]
-    print(networks_table(steps), flush=True)
+    print(steps_table(steps), flush=True)
 
-    print(
-        f"\nAdam from generated TargetCNNs (learning rate {options.generated_lr:g}) and from random ones "
-        f"({options.random_lr:g}), {options.starts} seeds:",
-        flush=True,
-    )
-    training, trained = compare_starts(synthesizer, train, data, options)
-    print(training_table(training), flush=True)
-
-    written = [result.wrong for result in scores["TargetCNN"]]
+    training, trained = compare_starts(synthesizer, train, data, options) if options.epochs else ([], [])
+    if training:
+        print(
+            f"\nAdam from generated TargetCNNs (learning rate {options.generated_lr:g}) and from random ones "
+            f"({options.random_lr:g}), {options.inits} seeds:\n{training_table(training)}",
+            flush=True,
+        )
     novelty = {
-        "generated_with_each_other": mean_pairwise_overlap(written),
+        "generated_with_each_other": mean_pairwise_overlap(wrong["TargetCNN"]),
         "trained_with_each_other": mean_pairwise_overlap(trained),
-        "largest_generated_with_trained": max(error_overlap(one, other) for one in written for other in trained),
+        "largest_generated_with_trained": max(
+            (error_overlap(one, other) for one in wrong["TargetCNN"] for other in trained), default=None
+        ),
         "largest_trained_with_each_other": max(
             (error_overlap(one, other) for index, one in enumerate(trained) for other in trained[:index]), default=None
         ),
         "mean_cosine_of_weights": mean_cosine([generate(synthesizer, TargetCNN, seed) for seed in seeds]),
     }
-    ensemble = ensemble_accuracy(synthesizer, data, list(seeds)[: options.starts])
-    best = max(result.accuracy_percent for result in scores["TargetCNN"][: options.starts])
+    ensemble = ensemble_accuracy(synthesizer, data, list(seeds))
+    best = networks[0]["maximum"]
     print("\nGenerated TargetCNNs:")
     for name, value in novelty.items():
         print(f"{name.replace('_', ' ')}: {'--' if value is None else f'{value:.3f}'}")
-    print(f"ensemble of {options.starts}: Accuracy = {ensemble:.2f}%, the best of them alone: {best:.2f}%")
+    print(f"ensemble of {options.inits}: Accuracy = {ensemble:.2f}%, the best of them alone: {best:.2f}%")
 
     record = {
-        "synthesizer": str(options.synthesizer), "seed": options.seed, "milliseconds_to_write": milliseconds,
-        "networks": networks, "steps": steps, "training": training, "error_overlap": novelty,
-        "ensemble": {"networks": options.starts, "accuracy_percent": ensemble, "best_single_percent": best},
+        "synthesizer": str(options.synthesizer), "seed": options.seed, "inits": options.inits,
+        "milliseconds_to_write": milliseconds, "networks": networks, "first_steps": starts, "steps": steps,
+        "training": training, "error_overlap": novelty,
+        "ensemble": {"networks": options.inits, "accuracy_percent": ensemble, "best_single_percent": best},
     }  # fmt: skip
     save_json(options.results, record)
     print(f"Results saved to {options.results}")
-    plot(record, {name: [r.accuracy_percent for r in results] for name, results in scores.items()}, options.plot)
+    plot(record, options.plot)
     print(f"Plot saved to {options.plot}")
+
+
+def recorded_adam() -> dict[str, dict]:
+    """What Adam reached with each network, by its name, from the committed record. Raises UserError if it is broken."""
+    try:
+        networks = json.loads(RECORD.read_text())["networks"]
+        return {network["name"]: network["adam"] for network in networks}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{RECORD}: is missing or damaged: restore it from git, or leave out --epochs 0") from error
+
+
+def adam_from_both_starts(
+    synthesizer: GraphWeightSynthesizer, build: Callable, train: Dataset, data: Dataset, options: argparse.Namespace
+) -> dict[str, float]:
+    """Accuracies in percent after an epoch of Adam, and after its first steps from generated and random weights."""
+    accuracies = {}
+    for start, lr in (("generated", options.generated_lr), ("random", options.random_lr)):
+        torch.manual_seed(options.seed)
+        network = (generate(synthesizer, build, options.seed) if start == "generated" else build()).to(
+            options.device, memory_format=torch.channels_last
+        )
+        adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
+        torch.manual_seed(options.seed)
+        order = torch.randperm(len(train.labels)).to(options.device)
+        parts = order.split([FIRST_STEPS * BATCH_SIZE, len(order) - FIRST_STEPS * BATCH_SIZE])
+        use_bf16 = fast_bf16(options.device)
+        train_epoch(network, adam, train[parts[0]], BATCH_SIZE, use_bf16, f"{start} start")
+        accuracies[start] = score(network, data).accuracy_percent
+    train_epoch(network, adam, train[parts[1]], BATCH_SIZE, use_bf16, "rest of the epoch")
+    return {
+        "epoch_percent": score(network, data).accuracy_percent,
+        "generated_first_steps_percent": accuracies["generated"],
+        "random_first_steps_percent": accuracies["random"],
+    }
+
+
+def mean_after_first_steps(networks: list[dict]) -> dict[str, float] | None:
+    """The mean over all networks of the accuracies after the first steps of Adam from both starts, in percent."""
+    if any(network["adam"] is None for network in networks):
+        return None
+    return {start: fmean(network["adam"][f"{start}_first_steps_percent"] for network in networks) for start in STARTS}
 
 
 def generate(synthesizer: GraphWeightSynthesizer, build, seed: int) -> nn.Module:
     """A network written from the random init of `seed`."""
     torch.manual_seed(seed)
-    network = build().to(synthesizer.probes.device, memory_format=torch.channels_last)
+    network = build().to(synthesizer.task.probes.device, memory_format=torch.channels_last)
     return synthesizer.synthesize(network)
 
 
 @torch.inference_mode()
 def writing_time(synthesizer: GraphWeightSynthesizer, repetitions: int = 20) -> float:
     """Median milliseconds to write the weights of a TargetCNN."""
-    graph = ComputationGraph(TargetCNN().to(synthesizer.probes.device))
+    graph = ComputationGraph(TargetCNN().to(synthesizer.task.probes.device))
     seconds = []
     for _ in range(repetitions):
         start = time.perf_counter()
@@ -147,9 +204,9 @@ def writing_time(synthesizer: GraphWeightSynthesizer, repetitions: int = 20) -> 
 
 
 def step_scores(synthesizer: GraphWeightSynthesizer, data: Dataset, options: argparse.Namespace) -> list[list[Score]]:
-    """For each step, the scores of the TargetCNNs of `--starts` inits."""
+    """For each step, the scores of the TargetCNNs of `--inits` inits."""
     inits = []
-    for seed in range(options.seed, options.seed + options.starts):
+    for seed in range(options.seed, options.seed + options.inits):
         torch.manual_seed(seed)
         inits.append(flatten_weights(TargetCNN().to(options.device)))
     states = rollout(FlatSynthesizer(synthesizer, TargetCNN()), torch.stack(inits), options.steps)
@@ -167,7 +224,21 @@ def summary(name: str, results: list[Score]) -> dict:
 
 
 def networks_table(rows: list[dict]) -> str:
-    header = ["Generated Network", "Mean Accuracy (%)", "Standard Deviation", "Minimum (%)", "Maximum (%)"]
+    """A row for each network, with what Adam reaches, as far as that is known."""
+    header = [
+        "Generated Network", "Mean (%)", "Min", "Max", "Epoch of Adam (%)", f"Adam {FIRST_STEPS} Steps, Generated",
+        f"Adam {FIRST_STEPS} Steps, Random",
+    ]  # fmt: skip
+    keys = ("epoch_percent", "generated_first_steps_percent", "random_first_steps_percent")
+    return table(header, [
+        [row["name"], *(f"{row[key]:.2f}" for key in ("mean", "minimum", "maximum")),
+         *("-" if row["adam"] is None else f"{row['adam'][key]:.2f}" for key in keys)]
+        for row in rows
+    ])  # fmt: skip
+
+
+def steps_table(rows: list[dict]) -> str:
+    header = ["Generative Step", "Mean Accuracy (%)", "Standard Deviation", "Minimum (%)", "Maximum (%)"]
     keys = ("mean", "standard_deviation", "minimum", "maximum")
     return table(header, [[row["name"], *(f"{row[key]:.2f}" for key in keys)] for row in rows])
 
@@ -200,7 +271,7 @@ def compare_starts(
     """
     rates = {"generated": options.generated_lr, "random": options.random_lr}
     rows, trained = [], []
-    for seed in range(options.seed, options.seed + options.starts):
+    for seed in range(options.seed, options.seed + options.inits):
         for start in STARTS:
             torch.manual_seed(seed)
             network = generate(synthesizer, TargetCNN, seed) if start == "generated" else TargetCNN()
@@ -233,7 +304,7 @@ def training_table(training: list[dict]) -> str:
     return table(["Epochs of Adam", "Generated Start (%)", "Random Start (%)", "Generated Not Behind"], rows)
 
 
-def plot(record: dict, accuracies: dict[str, list[float]], path: Path) -> None:
+def plot(record: dict, path: Path) -> None:
     """Save three panels: accuracies of the written networks, over steps, and as starts of training."""
     import matplotlib  # imported here: the tables do not need it
 
@@ -241,15 +312,24 @@ def plot(record: dict, accuracies: dict[str, list[float]], path: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 4.8), layout="constrained")
-    names = list(accuracies)
-    for row, name in enumerate(names):
-        left.plot(accuracies[name], [row] * len(accuracies[name]), "o", color="#0072B2", alpha=0.35, markersize=5)
-        mean = sum(accuracies[name]) / len(accuracies[name])
-        left.plot([mean], [row], "|", color="#000000", markersize=16, markeredgewidth=2)
-    left.set_yticks(range(len(names)), names)
+    networks = record["networks"]
+    figure = plt.figure(figsize=(15, 1.5 + 0.27 * len(networks)), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=[1.7, 1])
+    left, middle, right = (figure.add_subplot(place) for place in (grid[:, 0], grid[0, 1], grid[1, 1]))
+    rows = range(len(networks))
+    means = [network["mean"] for network in networks]
+    left.hlines(
+        rows, [n["minimum"] for n in networks], [n["maximum"] for n in networks], color="#0072B2", alpha=0.4, lw=5
+    )
+    left.plot(means, rows, "o", color="#0072B2", markersize=5, label="written in one step (band: range)")
+    adam = [(row, network["adam"]["epoch_percent"]) for row, network in enumerate(networks) if network["adam"]]
+    left.plot([value for _, value in adam], [row for row, _ in adam], "|", color="#D55E00", markersize=12,
+              markeredgewidth=2.5, label="one epoch of Adam")  # fmt: skip
+    left.set_yticks(rows, [network["name"] for network in networks])
     left.invert_yaxis()
-    left.set(title=f"One step, {len(accuracies[names[0]])} unseen inits (bar: mean)", xlabel="accuracy (%)")
+    left.set_xlim(right=100)
+    left.set(title=f"Networks never trained on, {record['inits']} unseen inits", xlabel="accuracy (%)")
+    left.legend(loc="lower left")
 
     steps = record["steps"]
     numbers = range(1, len(steps) + 1)
