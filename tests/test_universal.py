@@ -1,4 +1,4 @@
-"""The universal synthesiser: reading graphs, equivariance, training, and the commands."""
+"""The universal synthesiser: equivariance, what it writes, its training, and the commands."""
 
 import random
 import re
@@ -16,26 +16,14 @@ from torch import nn
 from diffusion_model import rollout
 from scripting import UserError
 from target_cnn import TargetCNN, flatten_weights, load_mnist, random_init, score
-from universal import GraphWeightSynthesizer, load_synthesizer, synthesize, train
-from universal.architectures import (
-    EVALUATED,
-    EVALUATED_SHAPES,
-    ResidualBlock,
-    cnn,
-    draw_architecture,
-    mlp,
-    parameter_shapes,
-)
+from universal import GraphWeightSynthesizer, load_synthesizer, responses, synthesize, train
+from universal.architectures import Concatenation, Gate, ResidualBlock, Sum, draw_architecture, parameter_shapes
+from universal.conditioning import cosines_of
 from universal.flat import load_generator
 from universal.graph import ComputationGraph
-from universal.synthesizer import (
-    SYNTHESIZER,
-    InverseSquareRoot,
-    balance,
-    position_functions,
-    random_weights,
-    save_synthesizer,
-)
+from universal.networks import EVALUATED, EVALUATED_SHAPES, VisionTransformer, cnn, mlp
+from universal.responses import InverseSquareRoot, decorrelate
+from universal.synthesizer import SYNTHESIZER, balance, random_weights, save_synthesizer
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
@@ -49,14 +37,14 @@ class Functional(nn.Module):
         self.kernel = nn.Parameter(torch.randn(6, 1, 5, 5))
         self.offset = nn.Parameter(torch.randn(6))
         self.conv = nn.Conv2d(6, 6, 3, padding="same", dilation=2)
-        self.out = nn.Linear(6 * 7 * 7, 10)
+        self.matrix, self.shift = nn.Parameter(torch.randn(6 * 7 * 7, 9)), nn.Parameter(torch.zeros(9))
+        self.out = nn.Linear(9, 10)
 
     def forward(self, images):
         x = F.relu(F.conv2d(images, self.kernel, self.offset, stride=2, padding=2), inplace=True)
         y = F.gelu(self.conv(x))
         y += x
-        x = F.dropout(F.max_pool2d(y, 2), training=self.training)
-        return self.out(x.view(x.size(0), -1))
+        return self.out(torch.tanh(F.max_pool2d(y, 2).flatten(1) @ self.matrix + self.shift))
 
 
 class Residual(nn.Module):
@@ -75,57 +63,107 @@ class Residual(nn.Module):
         return self.out(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
-# A network, and for each set of hidden neurons the layers that write them and those that read them.
+def deep_in_channels() -> nn.Module:
+    """A depthwise convolution and norms of every kind."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8),
+        nn.InstanceNorm2d(8, affine=True), nn.SiLU(), nn.Conv2d(8, 6, 1), nn.GroupNorm(1, 6), nn.Tanh(), *CLASSES,
+        nn.Linear(6, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, 10), nn.BatchNorm1d(10),
+    )  # fmt: skip
+
+
+STATISTICS = ("running_mean", "running_var")
+
+
+def layer(name: str, *more: str) -> list[str]:
+    return [f"{name}.{parameter}" for parameter in ("weight", "bias", *more)]
+
+
+# A network, and for each set of hidden neurons: the parameters with a row for each, and those with columns for each.
 NETWORKS = {
-    "TargetCNN": (TargetCNN, [("conv1", "conv2"), ("conv2", "fc1"), ("fc1", "fc2")]),
-    "MLP": (lambda: mlp([20, 12]), [("1", "3"), ("3", "5")]),
+    "TargetCNN": (
+        TargetCNN,
+        [(layer("conv1"), ["conv2.weight"]), (layer("conv2"), ["fc1.weight"]), (layer("fc1"), ["fc2.weight"])],
+    ),
+    "MLP": (lambda: mlp([20, 12]), [(layer("1"), ["3.weight"]), (layer("3"), ["5.weight"])]),
     "GELU, average pooling, even kernel": (
         lambda: nn.Sequential(
             nn.Conv2d(1, 6, 4, stride=2), nn.GELU(), nn.AvgPool2d(2), nn.Dropout(), nn.Flatten(), nn.Linear(216, 9),
             nn.GELU(), nn.Identity(), nn.Linear(9, 10),
         ),
-        [("0", "5"), ("5", "8")],
+        [(layer("0"), ["5.weight"]), (layer("5"), ["8.weight"])],
     ),
     "three channels, no bias, dilation": (
         lambda: nn.Sequential(
             nn.Conv2d(3, 6, 3, dilation=2, bias=False), nn.ReLU(inplace=True), nn.Conv2d(6, 5, (3, 1), bias=False),
             nn.ReLU(), nn.AdaptiveAvgPool2d((2, 2)), nn.Flatten(), nn.Linear(20, 10, bias=False),
         ),
-        [("0", "2"), ("2", "6")],
+        [(["0.weight"], ["2.weight"]), (["2.weight"], ["6.weight"])],
     ),
     "classes from a convolution": (
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        ),
-        [("0", "2")],
+        lambda: nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 10, 1), *CLASSES),
+        [(layer("0"), ["2.weight"])],
     ),
-    "residual": (Residual, [(("stem", "back"), ("inner", "out")), ("inner", "back")]),
-    "functional": (Functional, [(("conv", ("kernel", "offset")), ("conv", "out"))]),
+    "residual": (
+        Residual,
+        [(layer("stem") + layer("back"), ["inner.weight", "out.weight"]), (layer("inner"), ["back.weight"])],
+    ),
+    "functional": (Functional, [(["kernel", "offset", *layer("conv")], ["conv.weight", "matrix.T"]),
+                                (["matrix.T", "shift"], ["out.weight"])]),
     "residual block": (
         lambda: nn.Sequential(nn.Conv2d(1, 6, 3, 4), nn.ReLU(), ResidualBlock(6), nn.Flatten(), nn.Linear(294, 10)),
-        [(("0", "2.conv2"), ("2.conv1", "4")), ("2.conv1", "2.conv2")],
+        [(layer("0") + layer("2.conv2"), ["2.conv1.weight", "4.weight"]), (layer("2.conv1"), ["2.conv2.weight"])],
+    ),
+    "depthwise, norms": (
+        deep_in_channels,
+        [(["0.weight", *layer("1", *STATISTICS), *layer("3"), *layer("4")], ["6.weight"]),
+         (layer("6") + layer("7"), ["11.weight"]), (layer("11") + layer("12"), ["14.weight"])],
+    ),
+    "gate": (
+        lambda: nn.Sequential(nn.Conv2d(1, 6, 3, 2), Gate(6, 3), nn.Flatten(), nn.Linear(6 * 169, 10)),
+        [(layer("0") + layer("1.gate.3"), ["1.gate.1.weight", "3.weight"]), (layer("1.gate.1"), ["1.gate.3.weight"])],
+    ),
+    "one of two branches": (
+        lambda: nn.Sequential(
+            Sum(nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 6, 1)),
+            Concatenation(nn.Conv2d(6, 4, 3), nn.Conv2d(6, 3, 3)), *CLASSES, nn.Linear(7, 10),
+        ),
+        [(layer("0.inner") + layer("0.shortcut"), ["1.branches.0.weight", "1.branches.1.weight"])],
+    ),
+    "vision transformer": (
+        lambda: VisionTransformer(8),
+        [([*layer("patches"), "places.T",
+           *(name for part in ("self_attn.out_proj", "linear2", "norm1", "norm2") for block in (0, 1)
+             for name in layer(f"blocks.layers.{block}.{part}"))],
+          [f"blocks.layers.{block}.{part}" for part in ("self_attn.in_proj_weight", "linear1.weight") for block in (0, 1)]
+          + ["out.weight"]),
+         (layer("blocks.layers.0.linear1"), ["blocks.layers.0.linear2.weight"])],
     ),
 }  # fmt: skip
 
 
-def parameters_of(layer) -> tuple[str, str]:
-    return layer if isinstance(layer, tuple) else (f"{layer}.weight", f"{layer}.bias")
-
-
 def permuted(weights: dict, groups: list, seed: int) -> dict:
-    """The weights of the same function, with the neurons of each group in another order."""
+    """The weights of the same function, with the neurons of each group in another order.
+
+    `name.T` stands for the parameter's transpose, whose last axis comes first.
+    """
     weights = dict(weights)
     generator = torch.Generator().manual_seed(seed)
-    for writers, readers in groups:
-        writers = [parameters_of(w) for w in (writers if isinstance(writers, tuple) else (writers,))]
-        readers = [parameters_of(r) for r in (readers if isinstance(readers, tuple) else (readers,))]
-        width = len(weights[writers[0][0]])
-        order = torch.randperm(width, generator=generator)
-        for names in writers:
-            weights |= {name: weights[name][order] for name in names if name in weights}
-        for name, _ in readers:
-            block = weights[name].shape[1] // width  # positions of the map that a linear layer reads
-            weights[name] = weights[name].unflatten(1, (width, block))[:, order].flatten(1, 2)
+
+    def change(name: str, axis: int, order: torch.Tensor) -> None:
+        name, dot, _ = name.partition(".T")
+        axis = -1 - axis if dot else axis
+        tensor = weights[name].movedim(axis, 0)
+        block = len(tensor) // len(order)  # positions of the map that a linear layer reads
+        weights[name] = tensor.unflatten(0, (len(order), block))[order].flatten(0, 1).movedim(0, axis)
+
+    for rows, columns in groups:
+        first, dot, _ = rows[0].partition(".T")
+        order = torch.randperm(weights[first].shape[-1 if dot else 0], generator=generator)
+        for name in rows:
+            change(name, 0, order)
+        for name in columns:
+            change(name, 1, order)
     return weights
 
 
@@ -139,135 +177,59 @@ def digits():
     return load_mnist("test", REPOSITORY / "data")[:2000]
 
 
-# ---- reading graphs -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_graph_computes_what_its_module_computes(name):
-    network = NETWORKS[name][0]().eval()
-    graph = ComputationGraph(network)
-    images = torch.randn(3, graph.channels, 28, 28)
-    own = network.state_dict()
-    torch.testing.assert_close(graph.run(images, own), network(images))
-    assert graph.classes == 10
-    assert {layer.weight for layer in graph.layers} == {key for key, value in own.items() if value.dim() > 1}
-
-
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.out = nn.Linear(784, 10)
-
-    def forward(self, images):
-        return self.out(images.flatten(1)) if images.sum() > 0 else self.out(-images.flatten(1))
-
-
-class Shared(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.out = nn.Conv2d(1, 1, 3, padding=1), nn.Linear(784, 10)
-
-    def forward(self, images):
-        return self.out(self.conv(self.conv(images)).flatten(1))
-
-
-class Scaled(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gain, self.out = nn.Parameter(torch.ones(784)), nn.Linear(784, 10)
-
-    def forward(self, images):
-        return self.out(images.flatten(1) + self.gain)
-
-
-class TwoHeads(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(784, 10), nn.Linear(784, 10)
-
-    def forward(self, images):
-        return self.one(images.flatten(1)) + self.two(images.flatten(1))
-
-
-class Rearranged(nn.Module):
-    """Channels that are not those of any layer, made of flattened features."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.conv, self.out = nn.Linear(784, 72), nn.Conv2d(2, 3, 3), nn.Linear(48, 10)
-
-    def forward(self, images):
-        return self.out(self.conv(self.first(images.flatten(1)).view(-1, 2, 6, 6)).flatten(1))
-
-
-class RowByRow(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rows, self.out = nn.Linear(28, 4), nn.Linear(112, 10)
-
-    def forward(self, images):
-        return self.out(self.rows(images).flatten(1))
-
-
-def after_conv(layer: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(4 * 26 * 26, 10))
-
-
-@pytest.mark.parametrize(
-    ("network", "reason"),
-    [
-        (after_conv(nn.BatchNorm2d(4)), r"^_1: BatchNorm2d.* is not supported; supported: Conv2d"),
-        (after_conv(nn.Sigmoid()), r"^_1: Sigmoid"),
-        (after_conv(nn.Conv2d(4, 4, 1, groups=2)), r"^_1: more than one group"),
-        (after_conv(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), r"^_1: Conv2d.*circular"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.LogSoftmax(1)), r"^_2: LogSoftmax"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.ReLU()), r"^_2: the output must be"),
-        (nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()), r"must be \[classes\]"),
-        (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(2704, 10)), r"takes neither 1x28x28 nor 3x28x28"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), r"takes neither 1x28x28 nor 3x28x28"),
-        (Branching(), r"^Branching cannot be traced"),
-        (Shared(), r"^conv_1: uses conv.weight again"),
-        (Scaled(), r"^add|^gain"),
-        (TwoHeads(), r"^add: the output must be"),
-        (Rearranged(), r"^conv: reads 2 channels, but first has 72"),
-        (RowByRow(), r"^rows: its inputs must be flattened"),
-        (nn.Bilinear(784, 784, 10), "cannot be traced|not supported|more than the images"),
-    ],
-    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
-)
-def test_what_cannot_be_read_is_named(synthesizer, network, reason):
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(ValueError, match=reason):
-        synthesizer.synthesize(network, seed=0)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+# ---- what is drawn --------------------------------------------------------------------------------------------------
 
 
 def test_drawn_architectures_can_be_read_and_cover_the_kinds():
     draw = random.Random(0)
     seen = set()
-    with torch.device("meta"):
-        networks = [draw_architecture(draw, classes=10) for _ in range(500)]
-    for network in networks:
+    for _ in range(250):
+        network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
+        assert parameter_shapes(network) not in EVALUATED_SHAPES
         graph = ComputationGraph(network)
+        assert graph.classes == 10
+        assert set(graph.left) <= {"first"}  # the class token
         convolutions = sum(layer.is_convolution for layer in graph.layers)
-        assert convolutions <= 4
-        assert len(graph.layers) - convolutions <= 4
-        seen |= {f"{convolutions} convolutions", f"{len(graph.layers) - convolutions - 1} hidden"}
-        seen |= {type(module).__name__ for module in network.modules()} | {f"{graph.channels} channels"}
+        seen |= {f"{min(convolutions, 10)} convolutions", f"{graph.image_channels} channels"}
+        seen |= {type(module).__name__ for module in network.modules()}
         seen |= {f"kernel {layer.shape[-1]}" for layer in graph.layers if layer.is_convolution}
         seen |= {"stride" for layer in graph.layers if layer.options.get("stride") == (2, 2)}
-        assert parameter_shapes(network) not in EVALUATED_SHAPES
-    expected = {"MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d", "ResidualBlock", "GELU", "ReLU", "stride", "3 channels"}
-    expected |= {f"{n} convolutions" for n in range(5)} | {f"{n} hidden" for n in range(4)}
-    assert expected | {f"kernel {n}" for n in range(1, 8)} <= seen
+        seen |= {"depthwise" for layer in graph.layers if layer.groups > 1}
+        seen |= {"pooled" for layer in graph.layers if layer.last and layer.pooled}
+    activations = {
+        "ReLU",
+        "GELU",
+        "SiLU",
+        "LeakyReLU",
+        "ELU",
+        "SELU",
+        "Tanh",
+        "Sigmoid",
+        "Hardswish",
+        "ReLU6",
+        "Softplus",
+    }
+    norms = {"BatchNorm2d", "BatchNorm1d", "GroupNorm", "InstanceNorm2d", "LayerNorm"}
+    kinds = {
+        "Sum",
+        "Concatenation",
+        "Gate",
+        "Tokens",
+        "TransformerEncoderLayer",
+        "Transposed",
+        "MaxPool2d",
+        "AvgPool2d",
+    }
+    kinds |= {"stride", "depthwise", "pooled", "3 channels", *(f"{n} convolutions" for n in (0, 1, 2, 3, 4, 6, 8, 10))}
+    assert activations | norms | kinds | {f"kernel {n}" for n in (1, 3, 5, 7)} <= seen
 
 
-@pytest.mark.parametrize("name", EVALUATED)
-def test_the_sampler_never_returns_what_is_evaluated(monkeypatch, name):
-    allowed = mlp([20])
-    draws = iter([EVALUATED[name](), EVALUATED[name](), allowed])
-    monkeypatch.setattr("universal.architectures.draw_once", lambda draw, classes: next(draws))
-    assert draw_architecture(random.Random(0), 10) is allowed
+def test_the_sampler_never_returns_what_is_evaluated(monkeypatch):
+    evaluated, allowed = mlp([200, 200]), mlp([21])
+    draws = iter([evaluated, evaluated, allowed])
+    monkeypatch.setattr("universal.architectures.draw_mlp", lambda draw, classes: next(draws))
+    monkeypatch.setattr("universal.architectures.drawn", lambda draw, weights: "mlp")
+    assert draw_architecture(random.Random(0), 10, EVALUATED_SHAPES) is allowed
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -279,14 +241,59 @@ def test_permuted_neurons_are_written_permuted(name, step):
     build, groups = NETWORKS[name]
     synthesizer = load_synthesizer().double()
     graph = ComputationGraph(build())
-    weights = {key: value.double() for key, value in random_weights(graph, 0).items()}
+    own = graph.weights()
+    weights = {key: value.double() for key, value in (own | random_weights(graph, 0)).items()}
+    written = set(graph.written) - set(graph.counters)
     with torch.no_grad():
-        straight = permuted(synthesizer(graph, weights, step), groups, seed=1)
+        straight = synthesizer(graph, weights, step)
+        assert set(straight) == written
+        straight = permuted(straight, groups, seed=1)
         crossed = synthesizer(graph, permuted(weights, groups, seed=1), step)
-        other = synthesizer(graph, {key: value.double() for key, value in random_weights(graph, 1).items()}, step)
-    for key in weights:
-        torch.testing.assert_close(crossed[key], straight[key], rtol=1e-6, atol=1e-8)
-    assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in weights)  # it reads the init
+        other = synthesizer(graph, {k: v.double() for k, v in (own | random_weights(graph, 1)).items()}, step)
+    for key in written:
+        torch.testing.assert_close(crossed[key], straight[key], rtol=1e-6, atol=1e-7)
+    assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in written)  # it reads the init
+
+
+@pytest.mark.parametrize("neurons", [1, 30, 100])  # fewer and more than responses
+@pytest.mark.parametrize("groups", [1, 3])
+def test_decorrelated_neurons_are_those_of_the_inverse_square_root(neurons, groups):
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(60, groups, neurons, dtype=torch.float64, generator=generator)
+    raw = raw + raw.mean(2, keepdim=True)  # alike
+    standardised = (raw - raw.mean(0)) / raw.std(0, correction=0)
+    values = torch.randn(groups, neurons, 7, dtype=torch.float64, generator=generator)
+    ridge = torch.tensor([0.3], dtype=torch.float64)
+    mixed = decorrelate(standardised, ridge, values)
+    for group in range(groups):
+        responses_of_group = standardised[:, group]
+        correlation = responses_of_group.T @ responses_of_group / 60
+        eigenvalues, vectors = torch.linalg.eigh(correlation + 0.3 * torch.eye(neurons))
+        mix = vectors @ torch.diag(eigenvalues.rsqrt()) @ vectors.T
+        mix = mix / (responses_of_group @ mix.T).std(0, correction=0)[:, None]
+        torch.testing.assert_close(mixed[group], mix @ values[group], rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(monkeypatch):
+    """No matrix that is decomposed or solved with is larger than the probes are many."""
+    largest = []
+
+    def recording(function):
+        def record(matrix, *args, **kwargs):
+            largest.append(matrix.shape[-1])
+            return function(matrix, *args, **kwargs)
+
+        return record
+
+    for name in ("eigh", "inv", "cholesky", "solve"):
+        monkeypatch.setattr(torch.linalg, name, recording(getattr(torch.linalg, name)))
+    synthesizer = load_synthesizer()
+    synthesizer.synthesize(mlp([2048]), seed=0)
+    assert len(largest) > 5 and max(largest) <= synthesizer.settings["probes"]
+    largest.clear()
+    wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), *CLASSES, nn.Linear(1024, 10))
+    synthesizer.synthesize(wide, seed=0)
+    assert max(largest) <= responses.MOST_ROWS
 
 
 def test_the_inverse_square_root_is_one():
@@ -302,9 +309,7 @@ def test_the_inverse_square_root_is_one():
 
 
 def test_a_small_kernel_is_like_the_middle_of_a_large_one():
-    small, large = (
-        position_functions(ComputationGraph(nn.Sequential(nn.Conv2d(1, 10, k), *CLASSES)).last) for k in (3, 5)
-    )
+    small, large = (cosines_of(ComputationGraph(nn.Sequential(nn.Conv2d(1, 10, k), *CLASSES)).last) for k in (3, 5))
     torch.testing.assert_close(small.view(3, 3, -1), large.view(5, 5, -1)[1:4, 1:4])
 
 
@@ -314,7 +319,7 @@ def test_balanced_weights_compute_the_same():
     balanced = balance(graph, weights)
     images = torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(graph.run(images, balanced), graph.run(images, weights), rtol=1e-4, atol=1e-5)
-    sizes = torch.stack([balanced[layer.weight].norm() / layer.shape[0] ** 0.5 for layer in graph.layers])
+    sizes = torch.stack([balanced[layer.weight.name].norm() / layer.shape[0] ** 0.5 for layer in graph.layers])
     torch.testing.assert_close(sizes, sizes[:1].expand(4))
     gelu = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GELU(), nn.Conv2d(8, 10, 3), *CLASSES)
     for module in (gelu, Residual()):  # a GELU, and an addition of two layers
@@ -365,16 +370,16 @@ def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, dig
 @pytest.mark.parametrize("name", ["TargetCNN", "5 convolutions", "MLP 784-256-128-10"])
 def test_hidden_neurons_are_on_for_some_images_and_off_for_others(synthesizer, digits, name):
     graph = ComputationGraph(EVALUATED[name]())
-    weights = synthesizer(graph, random_weights(graph, seed=1))
     on = {}
 
     def respond(layer, inputs):
-        responses = layer(inputs, weights[layer.weight], weights[layer.bias])
-        on[layer.name] = (responses > 0).float().mean().item()
-        return responses
+        outputs = layer.of(weights, inputs)
+        on[layer.name] = (outputs > 0).float().mean().item()
+        return outputs
 
     with torch.inference_mode():
-        graph(digits.images, respond)
+        weights = synthesizer(graph, random_weights(graph, seed=1))
+        graph.write(digits.images, {}, respond)
     del on[graph.last.name]
     assert all(0.2 < share < 0.9 for share in on.values()), on
 
@@ -426,7 +431,7 @@ def resave(path: Path, **changes) -> None:
 def test_nan_in_a_synthesiser_file_is_refused(tmp_path):
     synthesizer = GraphWeightSynthesizer(probes=20)
     with torch.no_grad():
-        synthesizer.probes[0] = float("nan")
+        synthesizer.task.probes[0] = float("nan")
     save_synthesizer(synthesizer, tmp_path / "nan.pth")
     with pytest.raises(UserError, match=r"nan\.pth: holds NaN"):
         load_synthesizer(tmp_path / "nan.pth")
@@ -540,8 +545,8 @@ def test_two_processes_train_together(tmp_path):
     alone = command(*options, *files(tmp_path, "alone"))
     assert alone.returncode == 0, alone.stderr
     found, expected = state(tmp_path, "both"), state(tmp_path, "alone")
-    assert not torch.equal(found["probes"], expected["probes"])  # the other process's gradients are in it
-    assert (found["probes"] - expected["probes"]).abs().max() < 1  # from the same start
+    assert not torch.equal(found["task.probes"], expected["task.probes"])  # the other process's gradients are in it
+    assert (found["task.probes"] - expected["task.probes"]).abs().max() < 1  # from the same start
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------------

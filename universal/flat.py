@@ -33,10 +33,11 @@ class FlatSynthesizer(nn.Module):
     @torch.inference_mode()
     def forward(self, weights: Tensor, step: Tensor) -> Tensor:
         """The next weights, [batch, parameters], of `weights` [batch, parameters] at `step` [batch]."""
-        sizes = [parameter.numel() for parameter in self.graph.parameters.values()]
+        parameters = dict(self.graph.module.named_parameters())
         rows = []
         for row, index in zip(weights, step.tolist(), strict=True):
-            parts = zip(self.graph.parameters.items(), row.split(sizes), strict=True)
-            written = self.synthesizer(self.graph, {name: part.view_as(like) for (name, like), part in parts}, index)
-            rows.append(torch.cat([written[name].reshape(-1) for name in self.graph.parameters]))
+            parts = row.split([parameter.numel() for parameter in parameters.values()])
+            own = {name: part.view_as(like) for (name, like), part in zip(parameters.items(), parts, strict=True)}
+            written = self.synthesizer(self.graph, own, index)
+            rows.append(torch.cat([written[name].reshape(-1) for name in parameters]))
         return torch.stack(rows)
