@@ -1,14 +1,21 @@
 """What every script needs: options, devices, one-line errors, tables, and files that are whole or not there at all."""
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
 
 
 class UserError(Exception):
@@ -160,21 +167,65 @@ def save_file(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises UserError if it cannot be written.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}): free some space or choose another path") from error
-    finally:
-        if temporary is not None:
+        remove_abandoned(path)
+        with temporary_file(path) as temporary:
+            write(temporary)
+            os.chmod(temporary, 0o666 & ~current_umask())  # temporary files are private
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({why_not_written(error)}): free some space or choose another path"
+        ) from error
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, deleted in the end and locked until then, but on Windows.
+
+    The lock ends with this process, however it ends, so another process can tell whether the file is abandoned.
+    """
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix, delete=False
+    ) as stream:
+        temporary = Path(stream.name)
+        try:
+            if fcntl is None:
+                stream.close()  # a file that is open cannot be renamed there
+            else:
+                with contextlib.suppress(OSError):  # not every network file system has locks
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+            yield temporary
+        finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete the temporary files that killed processes left of `path`."""
+    if fcntl is None:
+        return
+    for name in os.listdir(path.parent):
+        if name.startswith(temporary_prefix(path)) and name.endswith(path.suffix):
+            # One that is locked is being written by another process.
+            with contextlib.suppress(OSError), (path.parent / name).open("rb+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(stream.name)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of the temporary files of `path` begin."""
+    return f".{path.stem}.partial-"
+
+
+def why_not_written(error: BaseException) -> str:
+    """The reason for a failure to write, in words. torch.save hides the system's behind a RuntimeError of its own."""
+    cause = error
+    while not isinstance(cause, OSError) and cause.__context__ is not None:
+        cause = cause.__context__
+    if getattr(cause, "errno", None) == errno.ENOSPC:
+        return "the disk is full"
+    return getattr(cause, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_tensors(path: Path, content) -> None:

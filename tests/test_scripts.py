@@ -347,7 +347,7 @@ def test_training_that_diverges_saves_nothing_broken(checkpoints, tmp_path, refu
 
 
 def limit_files_to_a_megabyte():
-    """Make larger files fail as on a full disk."""
+    """Make larger files fail half-way, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
@@ -358,7 +358,7 @@ def test_a_full_disk_keeps_the_earlier_files(checkpoints, tmp_path):
     weights = load_run(checkpoints)
     for script, named in (("train_diffusion.py", model.name), ("train_target_model.py", "weights_epoch_0.pth")):
         result = run(script, cwd=tmp_path, preexec_fn=limit_files_to_a_megabyte)
-        assert_refused(result, f"{named}: cannot be written")
+        assert_refused(result, f"{named}: cannot be written (File too large): free some space")
     assert model.read_text() == "earlier"
     assert torch.equal(load_run(checkpoints), weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoints.name, model.name]

@@ -1,6 +1,10 @@
 """The target system: the network, its weights as a vector and as files, MNIST, the score."""
 
+import errno
+import io
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -202,9 +206,56 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
     def fail_half_way(temporary):
         temporary.write_text("sec")
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
-    with pytest.raises(UserError, match=r"kept\.txt: cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"kept\.txt: cannot be written \(Input/output error\): free some space or"):
         save_file(path, fail_half_way)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class FullDisk(io.BytesIO):
+    """A disk with room for 10,000 bytes."""
+
+    def write(self, data) -> int:
+        if self.tell() + len(data) > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_called_full(tmp_path):
+    for write in (
+        lambda _: torch.save(torch.zeros(100_000), FullDisk()),  # which ends in a RuntimeError of torch's own
+        lambda _: FullDisk().write(bytes(100_000)),
+    ):
+        with pytest.raises(UserError, match=r"w\.pth: cannot be written \(the disk is full\): free some space"):
+            save_file(tmp_path / "w.pth", write)
+
+
+def test_what_a_killed_script_left_is_cleared_away(tmp_path):
+    path = tmp_path / "w.txt"
+    others = [tmp_path / name for name in (".w.txt", ".w.original.txt", "w.partial-other.txt")]  # a person's own
+    for other in others:
+        other.write_text("kept")
+    script = """
+import pathlib, scripting, sys, time
+
+def write(temporary):
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(30)
+
+scripting.save_file(pathlib.Path(sys.argv[1]), write)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, path], cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        (temporary,) = set(tmp_path.iterdir()) - set(others)
+        save_file(path, lambda temporary: temporary.write_text("whole"))
+        assert temporary.read_text() == "half"  # its process is alive
+        process.kill()
+    assert temporary.exists()
+    save_file(tmp_path / "w.json", lambda temporary: temporary.write_text("another file"))
+    assert temporary.exists()
+    save_file(path, lambda temporary: temporary.write_text("whole again"))
+    assert set(tmp_path.iterdir()) == {path, tmp_path / "w.json", *others}
+    assert path.read_text() == "whole again"
