@@ -5,8 +5,11 @@ import contextlib
 import errno
 import json
 import os
+import pickle
+import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -142,24 +145,36 @@ def device(text: str) -> torch.device:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def load_file(path: Path, mmap: bool = False, maker: str | None = None):
+# What torch.load says of Python objects: of a foreign one, of pickles of protocol 4 or later, and of TorchScript.
+PYTHON_OBJECTS = re.compile(rf"GLOBAL (?P<name>[\w.]+) |Unsupported operand {ord(pickle.FRAME)}\b|TorchScript archive")
+
+
+def load_file(path: Path, maker: str, mmap: bool = False):
     """`torch.load` on the CPU, never executing code from the file. Raises UserError if it cannot be read.
 
     `maker` is the command that makes such a file.
     """
-    maker = maker or maker_of(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file: run {maker} first")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):  # of what the error says too
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        reason = "cannot be read" if isinstance(error, PermissionError) else "is damaged, not a PyTorch file, or unsafe"
-        raise UserError(f"{path}: {reason}: make it again with {maker}") from error
+        raise UserError(f"{path}: {why_not_read(error)} make it again with {maker}") from error
 
 
-def maker_of(path: Path) -> str:
-    """The script that writes such a file."""
-    return "train_target_model.py" if path.name.startswith("weights_epoch_") else "train_diffusion.py"
+def why_not_read(error: Exception) -> str:
+    """The reason for a failure to read, in words, up to what to do."""
+    if isinstance(error, PermissionError):
+        return "cannot be read:"
+    objects = PYTHON_OBJECTS.search(str(error))
+    if objects is None:
+        return "is damaged, not a PyTorch file, or unsafe:"
+    name = f" ({objects['name']})" if objects["name"] else ""
+    return (
+        f"holds a whole pickled module or other Python objects{name}, which are unsafe and never executed: "
+        "save tensors only, as torch.save(model.state_dict(), ...) does, or"
+    )
 
 
 def save_file(path: Path, write: Callable[[Path], None]) -> None:

@@ -91,7 +91,7 @@ def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
 
 def load_checkpoint(path: Path) -> Tensor:
     """The weights of one recorded epoch, [421642]. Raises UserError unless it is a finite TargetCNN `state_dict`."""
-    state = load_file(path)
+    state = load_file(path, maker="train_target_model.py")
     model = TargetCNN()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if not isinstance(state, dict) or expected != {

@@ -1,10 +1,14 @@
 """The target system: the network, its weights as a vector and as files, MNIST, the score."""
 
 import errno
+import functools
 import io
+import pickle
 import shutil
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,20 +174,46 @@ class Malicious:
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     path = checkpoint_path(tmp_path, 0)
     torch.save({"conv1.weight": Malicious(tmp_path / "executed")}, path)
-    with pytest.raises(UserError, match="unsafe"):
+    with pytest.raises(UserError, match=r"Python objects \(_?io\.open\), which are unsafe and never executed"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
+
+
+def save_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("save", "name"),
+    [
+        (torch.save, r" \(target_cnn\.TargetCNN\)"),
+        (functools.partial(torch.save, _use_new_zipfile_serialization=False), r" \(target_cnn\.TargetCNN\)"),
+        (lambda model, path: torch.save({"model": model}, path, pickle_protocol=5), ""),
+        (lambda model, path: torch.save([model.state_dict(), Path()], path), r" \(pathlib\.PosixPath\)"),
+        (save_pickle, ""),
+        (lambda model, path: torch.jit.trace(model, torch.zeros(1, 1, 28, 28)).save(path), ""),
+    ],
+    ids=["whole", "old format", "new protocol", "beside a path", "by pickle", "TorchScript"],
+)
+def test_a_whole_module_is_named_for_what_it_is(tmp_path, save, name):
+    path = checkpoint_path(tmp_path, 0)
+    save(TargetCNN(), path)
+    line = rf"_0\.pth: holds a whole pickled module or other Python objects{name}, .*: save .*model\.state_dict\(\)"
+    with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=line):  # a warning is another line
+        load_checkpoint(path)
 
 
 def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
     path = checkpoint_path(tmp_path, 0)
     torch.save(TargetCNN().state_dict(), path)
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"is damaged, .*: make it again with train_target_model\.py"):
         load_checkpoint(path)
-    path.write_text("not a checkpoint")
-    with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(path)
+    for text in ("not a checkpoint", "column,other\n1,2\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
     wrong_shape = TargetCNN().state_dict() | {"fc2.bias": torch.zeros(11)}
     for foreign in (nn.Linear(2, 2).state_dict(), wrong_shape, [1, 2], torch.zeros(3)):
         torch.save(foreign, path)
