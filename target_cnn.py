@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -90,22 +91,60 @@ def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
 
 
 def load_checkpoint(path: Path) -> Tensor:
-    """The weights of one recorded epoch, [421642]. Raises UserError unless it is a finite TargetCNN `state_dict`."""
-    state = load_file(path, maker="train_target_model.py")
+    """The weights of one recorded epoch, [421642], as this or another program saved them.
+
+    The file is a finite `state_dict` of TargetCNN, or holds exactly one among other things. A prefix that a wrapper
+    added to all its keys is taken off. Raises UserError otherwise.
+    """
+    content = load_file(path, maker="train_target_model.py")
     model = TargetCNN()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if not isinstance(state, dict) or expected != {
-        name: tuple(tensor.shape) if isinstance(tensor, Tensor) else None for name, tensor in state.items()
-    }:
+    states = find_state_dicts(content, shapes(model.state_dict()))
+    if len(states) > 1:
+        names = " and ".join(name for name, _ in states)
+        raise UserError(f"{path}: holds more than one state_dict of TargetCNN, {names}: save only one of them")
+    if not states:
         raise UserError(
-            f"{path}: not a state_dict of TargetCNN (its layers are conv1, conv2, fc1, fc2): "
+            f"{path}: not a state_dict of TargetCNN (its layers are conv1, conv2, fc1, fc2), nor does it hold one: "
             "run train_target_model.py to record one"
         )
-    model.load_state_dict(state)
+    model.load_state_dict(states[0][1])
     weights = flatten_weights(model)
     if not weights.isfinite().all():
         raise UserError(f"{path}: holds NaN or infinite weights: record this run again with train_target_model.py")
     return weights
+
+
+def find_state_dicts(content, expected: dict, name: str = "", depth: int = 3) -> list[tuple[str, dict[str, Tensor]]]:
+    """Each `state_dict` of the `expected` shapes: `content` itself, or entries up to `depth` dictionaries deep in it.
+
+    They come with the names of the entries that lead to them, such as "states.model", and without prefixes.
+    """
+    if not isinstance(content, dict):
+        return []
+    state = without_prefix(content)
+    if shapes(state) == expected:
+        return [(name, state)]
+    entries = content.items() if depth else ()
+    return [
+        found
+        for key, entry in entries
+        for found in find_state_dicts(entry, expected, f"{name}.{key}".removeprefix("."), depth - 1)
+    ]
+
+
+def without_prefix(state: dict) -> dict:
+    """`state` without what all its keys begin with, up to a dot.
+
+    DataParallel and its like add "module.", `torch.compile` "_orig_mod.", Opacus "_module.", and several of them more.
+    """
+    prefix = os.path.commonprefix([str(key) for key in state])  # noqa: RUF071 - they are not paths
+    prefix = prefix[: prefix.rfind(".") + 1]
+    return {str(key).removeprefix(prefix): value for key, value in state.items()}
+
+
+def shapes(state: dict) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of the tensors in `state`; None for what is no tensor."""
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
 
 
 def find_runs(directory: Path) -> list[Path]:

@@ -221,6 +221,69 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
             load_checkpoint(path)
 
 
+def test_prefixes_that_wrappers_add_to_all_keys_are_taken_off(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    wrapped = [nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))]
+    states = [wrapper.state_dict() for wrapper in wrapped]
+    assert "module._orig_mod.conv1.weight" in states[-1]
+    for prefix in ("_module.", "_orig_mod.module.", "model."):
+        states.append({prefix + name: tensor for name, tensor in model.state_dict().items()})
+    for state in states:
+        torch.save(state, path)
+        assert torch.equal(load_checkpoint(path), flatten_weights(model))
+
+
+def test_a_prefix_of_some_keys_or_of_no_wrapper_stays(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    state = TargetCNN().state_dict()
+    some = {name if "bias" in name else f"module.{name}": tensor for name, tensor in state.items()}
+    more = {f"module.{name}": tensor for name, tensor in state.items()} | {"module.fc3.bias": torch.zeros(10)}
+    fewer = {f"module.{name}": tensor for name, tensor in state.items() if name != "fc2.bias"}
+    without_dot = {f"my{name}": tensor for name, tensor in state.items()}
+    for foreign in (some, more, fewer, without_dot):
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "place", [["state_dict"], ["model_state_dict"], ["model"], ["net", 0], ["a", "b", "c"]], ids=str
+)
+def test_the_one_state_dict_among_other_things_is_taken(tmp_path, place):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.zeros(1, 1, 28, 28)).sum().backward()
+    adam.step()
+    other = nn.Linear(2, 2).state_dict()
+    for state in (model.state_dict(), torch.compile(model).state_dict()):
+        content = state
+        for key in reversed(place):
+            content = {"epoch": 3, "optimizer": adam.state_dict(), "critic": other, "loss": [0.1], key: content}
+        torch.save(content, path)
+        assert torch.equal(load_checkpoint(path), flatten_weights(model))
+
+
+def test_two_state_dicts_in_one_file_are_both_named(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    content = {"model": TargetCNN().state_dict(), "averaged": {"ema": nn.DataParallel(TargetCNN()).state_dict()}}
+    torch.save(content, path)
+    with pytest.raises(
+        UserError, match=r"_0\.pth: holds more than one state_dict of TargetCNN, model and averaged\.ema: "
+    ):
+        load_checkpoint(path)
+
+
+def test_a_dictionary_within_itself_is_refused(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    content = {"epoch": 3}
+    content["self"] = content
+    torch.save(content, path)
+    with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     state = TargetCNN().state_dict()
