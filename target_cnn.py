@@ -143,8 +143,15 @@ def without_prefix(state: dict) -> dict:
 
 
 def shapes(state: dict) -> dict[str, tuple[int, ...] | None]:
-    """The shapes of the tensors in `state`; None for what is no tensor."""
-    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()}
+    """The shapes of the tensors in `state` that can be weights; None for masks, sparse tensors and all other things."""
+    return {name: tuple(value.shape) if can_be_weights(value) else None for name, value in state.items()}
+
+
+def can_be_weights(value) -> bool:
+    """Whether `value` is a dense tensor of real numbers."""
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+    )
 
 
 def find_runs(directory: Path) -> list[Path]:

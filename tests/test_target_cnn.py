@@ -275,6 +275,18 @@ def test_two_state_dicts_in_one_file_are_both_named(tmp_path):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("spoil", [torch.Tensor.bool, torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_what_cannot_be_weights_is_refused(tmp_path, spoil):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    spoilt = {name: spoil(tensor) for name, tensor in model.state_dict().items()}
+    torch.save(spoilt, path)
+    with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+        load_checkpoint(path)
+    torch.save({"mask": spoilt, "model": model.half().state_dict()}, path)
+    assert torch.equal(load_checkpoint(path), flatten_weights(model).float())
+
+
 def test_a_dictionary_within_itself_is_refused(tmp_path):
     path = checkpoint_path(tmp_path, 0)
     content = {"epoch": 3}
