@@ -39,6 +39,7 @@ from target_cnn import (
     load_run,
     load_weights,
     random_init,
+    recorded_files,
     score_weights,
     scoring_data,
     train_epoch,
@@ -74,8 +75,13 @@ def main() -> None:
     inits = [random_init(options.seed + index) for index in range(options.inits)]
     print(f"Target CNN: flat dimension = {len(inits[0])}")
     runs = {directory: load_run(directory) for directory in find_runs(options.checkpoints)}
+    recorded = {
+        str(path): weights
+        for directory, run in runs.items()
+        for path, weights in zip(recorded_files(directory), run, strict=True)
+    }
     for index, init in enumerate(inits):
-        refuse_recorded(init, runs, options.seed + index)
+        refuse_recorded(init, recorded, options.seed + index)
     directory, run = next(iter(runs.items()))
     log = load_log(directory)
     reference = load_run(find_runs(options.reference)[0])[-1] if options.reference else None
@@ -114,9 +120,7 @@ def main() -> None:
         states,
         options.inits,
         generated_scores,
-        recorded={
-            str(checkpoint_path(path, epoch)): run[epoch] for path, run in runs.items() for epoch in range(len(run))
-        },
+        recorded=recorded,
         recorded_scores=original_scores,
         reference=reference,
         data=data,
@@ -157,13 +161,11 @@ def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentPars
     return parser
 
 
-def refuse_recorded(init: Tensor, runs: dict[Path, Tensor], seed: int) -> None:
-    """Raise UserError if `init`, [421642], is one of the recorded checkpoints."""
-    for directory, run in runs.items():
-        for epoch, weights in enumerate(run):
-            if torch.equal(init, weights):
-                path = checkpoint_path(directory, epoch)
-                raise UserError(f"{path}: equals the init of --seed {seed}, which is not unseen: choose another --seed")
+def refuse_recorded(init: Tensor, recorded: dict[str, Tensor], seed: int) -> None:
+    """Raise UserError if `init`, [421642], is one of the recorded checkpoints, [421642] each by the names of files."""
+    for path, weights in recorded.items():
+        if torch.equal(init, weights):
+            raise UserError(f"{path}: equals the init of --seed {seed}, which is not unseen: choose another --seed")
 
 
 def describe(result: Score) -> str:

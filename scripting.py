@@ -150,16 +150,22 @@ PYTHON_OBJECTS = re.compile(rf"GLOBAL (?P<name>[\w.]+) |Unsupported operand {ord
 
 
 def load_file(path: Path, maker: str, mmap: bool = False):
-    """`torch.load` on the CPU, never executing code from the file. Raises UserError if it cannot be read.
+    """The content of a PyTorch file or of a `.safetensors` file, on the CPU, never executing code from it.
 
-    `maker` is the command that makes such a file.
+    `maker` is the command that makes such a file. Raises UserError if it cannot be read.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file: run {maker} first")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors  # an optional package
+
+            return load_safetensors(path)
         with warnings.catch_warnings(action="ignore"):  # of what the error says too
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead to
+    except ImportError as error:
+        raise UserError(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
+    except Exception as error:  # both raise whatever the broken bytes lead to
         raise UserError(f"{path}: {why_not_read(error)} make it again with {maker}") from error
 
 
@@ -169,7 +175,7 @@ def why_not_read(error: Exception) -> str:
         return "cannot be read:"
     objects = PYTHON_OBJECTS.search(str(error))
     if objects is None:
-        return "is damaged, not a PyTorch file, or unsafe:"
+        return "is damaged, not what its name says, or unsafe:"
     name = f" ({objects['name']})" if objects["name"] else ""
     return (
         f"holds a whole pickled module or other Python objects{name}, which are unsafe and never executed: "

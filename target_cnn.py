@@ -6,6 +6,7 @@ Design document, section 2.1.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -77,7 +78,7 @@ def random_init(seed: int) -> Tensor:
 
 
 def checkpoint_path(directory: Path, epoch: int) -> Path:
-    """Where the weights after `epoch` epochs of a training run lie."""
+    """Where the weights after `epoch` epochs of a training run are saved; other programs may save `.safetensors`."""
     return directory / f"weights_epoch_{epoch}.pth"
 
 
@@ -162,29 +163,40 @@ def find_runs(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: run train_target_model.py first")
     runs = sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"run_\d+", path.name))
-    if recorded_epochs(directory):
+    if recorded_files(directory):
         if runs:
-            raise UserError(f"{directory}: holds both weights_epoch_*.pth and {runs[0].name}: keep only one of them")
+            raise UserError(f"{directory}: holds both weights_epoch_* files and {runs[0].name}: keep only one of them")
         return [directory]
     if not runs:
-        raise UserError(f"{directory}: holds no weights_epoch_*.pth: run train_target_model.py first")
+        raise UserError(f"{directory}: holds no weights_epoch_*.pth or .safetensors: run train_target_model.py first")
     return runs
 
 
-def recorded_epochs(directory: Path) -> list[int]:
-    """The epochs whose weights lie in `directory`, sorted."""
-    matches = (re.fullmatch(r"weights_epoch_(\d+)\.pth", path.name) for path in directory.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+def recorded_files(directory: Path) -> list[Path]:
+    """The files in `directory` that are the weights of an epoch, `.pth` or `.safetensors`, in the order of epochs."""
+    return sorted((path for path in directory.iterdir() if epoch_of(path) is not None), key=epoch_of)
+
+
+def epoch_of(path: Path) -> int | None:
+    """The epoch whose weights a file is, by its name; None for other files."""
+    match = re.fullmatch(r"weights_epoch_(\d+)\.(pth|safetensors)", path.name)
+    return int(match[1]) if match else None
 
 
 def load_run(directory: Path) -> Tensor:
-    """All checkpoints of one training run, [epochs + 1, 421642]. Raises UserError if one is missing or broken."""
-    epochs = recorded_epochs(directory)
-    missing = sorted(set(range(max(epochs, default=0) + 1)) - set(epochs))
-    if missing:
-        path = checkpoint_path(directory, missing[0])
+    """All checkpoints of one training run, [epochs + 1, 421642], in the order of `recorded_files`.
+
+    Raises UserError if one is missing, broken, or there twice.
+    """
+    files = recorded_files(directory)
+    for first, second in itertools.pairwise(files):
+        if epoch_of(first) == epoch_of(second):
+            raise UserError(f"{first}: the same epoch is in {second.name} too: keep only one of them")
+    missing = min(set(range(len(files) + 1)) - {epoch_of(path) for path in files})
+    if missing < max(len(files), 1):
+        path = checkpoint_path(directory, missing)
         raise UserError(f"{path}: is missing from the recorded epochs: record the run again with train_target_model.py")
-    return torch.stack([load_checkpoint(checkpoint_path(directory, epoch)) for epoch in epochs])
+    return torch.stack([load_checkpoint(path) for path in files])
 
 
 def load_log(directory: Path) -> list[dict] | None:

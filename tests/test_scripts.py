@@ -216,6 +216,13 @@ def test_recording_again_leaves_nothing_of_the_longer_run_before(tmp_path, recor
     assert len(load_run(tmp_path)) == 2
 
 
+def test_recording_leaves_nothing_of_another_program_s_run(tmp_path, record):
+    for epoch in (0, 1, 5):
+        (tmp_path / f"weights_epoch_{epoch}.safetensors").touch()
+    record("--epochs", 1, "--checkpoints", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("weights_*")) == ["weights_epoch_0.pth", "weights_epoch_1.pth"]
+
+
 def test_training_that_diverges_keeps_the_epochs_before(tmp_path, record):
     with pytest.raises(UserError, match=r"weights_epoch_1\.pth: not saved.*lower --lr"):
         record("--epochs", 1, "--checkpoints", tmp_path, scale=float("nan"))

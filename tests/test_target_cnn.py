@@ -161,6 +161,39 @@ def test_a_gap_in_the_epochs_is_named(tmp_path):
         load_run(tmp_path)
 
 
+def test_safetensors_are_read_as_checkpoints_of_the_same_names(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    models = [TargetCNN() for _ in range(3)]
+    torch.save(models[0].state_dict(), checkpoint_path(tmp_path, 0))
+    for epoch, wrapper in ((1, models[1]), (2, nn.DataParallel(models[2]))):
+        safetensors.save_file(wrapper.state_dict(), tmp_path / f"weights_epoch_{epoch}.safetensors")
+    assert find_runs(tmp_path) == [tmp_path]
+    run = load_run(tmp_path)
+    assert all(torch.equal(weights, flatten_weights(model)) for weights, model in zip(run, models, strict=True))
+    path = tmp_path / "weights_epoch_1.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"weights_epoch_1\.safetensors: is damaged, .*with train_target_model\.py"):
+        load_run(tmp_path)
+
+
+def test_without_the_safetensors_package_its_name_is_given(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    path = tmp_path / "weights_epoch_0.safetensors"
+    path.touch()
+    with pytest.raises(UserError, match=r"weights_epoch_0\.safetensors: .*: pip install safetensors"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights_epoch_1.safetensors", "weights_epoch_01.pth"])
+def test_an_epoch_recorded_twice_is_refused(tmp_path, name):
+    write_run(tmp_path, range(3))
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"weights_epoch_0?1\.\w+: .*epoch is in weights_epoch_0?1\.\w+ too") as caught:
+        load_run(tmp_path)
+    assert name in str(caught.value)
+    assert "weights_epoch_1.pth" in str(caught.value)
+
+
 class Malicious:
     """A pickle that would write a file when it is loaded."""
 
