@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, run
 from torch import nn
 
+import evaluate_diffusion
 from diffusion_model import rollout
 from scripting import UserError
-from target_cnn import TargetCNN, flatten_weights, load_mnist, random_init, score
+from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, random_init, score
 from universal import GraphWeightSynthesizer, load_synthesizer, synthesize, train
 from universal.architectures import (
     EVALUATED,
@@ -644,3 +645,15 @@ def test_a_wide_and_a_deep_network_are_built_as_named():
     assert len(ComputationGraph(cnn([16, 32, 32, 32, 32], 64)).layers) == 7
     residual = ComputationGraph(EVALUATED["residual network of 6 convolutions"]())
     assert sum(layer.is_convolution for layer in residual.layers) == 6
+
+
+def test_evaluate_diffusion_takes_the_synthesiser(tmp_path, monkeypatch, capsys, digits):
+    for epoch in (0, 1):
+        torch.save(TargetCNN().state_dict(), checkpoint_path(tmp_path, epoch))
+    options = ["--model", SYNTHESIZER, "--checkpoints", tmp_path, "--plot", tmp_path / "plot.png"]
+    options += ["--steps", 1, "--device", "cpu"]
+    monkeypatch.setattr(evaluate_diffusion, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(sys, "argv", ["evaluate_diffusion.py", *map(str, options)])
+    evaluate_diffusion.main()
+    assert float(re.search(r"\| 1 +\| ([\d.]+)% +\| [\d.]+% +\|", capsys.readouterr().out)[1]) > 97
+    assert (tmp_path / "plot.png").exists()
