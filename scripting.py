@@ -24,6 +24,14 @@ except ImportError:  # on Windows
 class UserError(Exception):
     """Bad input. Its text is the one line that the user sees: which file or option, what is wrong, what to do."""
 
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """The lines of `text` as one: it may quote what a user or another program has written."""
+    return " ".join(line.strip() for line in text.splitlines())
+
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
@@ -97,7 +105,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def option_parser(description: str, seed: int) -> argparse.ArgumentParser:

@@ -264,6 +264,13 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
     assert_refused(run("train_target_model.py", "--epochs", "0", cwd=tmp_path), "--epochs: '0' is not a whole number")
 
 
+def test_errors_are_one_line_even_if_what_they_name_has_several(tmp_path, refusal):
+    directory = tmp_path / "two\nlines"
+    assert "two lines: no such directory" in refusal(train_diffusion.main, "--checkpoints", directory)
+    assert "--lr: 'a\\nb' is not a number" in refusal(train_diffusion.main, "--lr", "a\nb")
+    assert "unrecognized arguments: --two lines" in refusal(train_diffusion.main, "--two\nlines")
+
+
 def test_a_single_checkpoint_makes_no_pair(checkpoints, refusal):
     for epoch in (1, 2):
         checkpoint_path(checkpoints, epoch).unlink()

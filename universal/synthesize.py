@@ -87,7 +87,7 @@ def load_builder(text: str) -> Callable[[], nn.Module]:
     except UserError:
         raise
     except Exception as error:  # a person's own file may raise anything
-        raise UserError(f"--model {text}: {place} cannot be imported ({one_line(error)}): correct it first") from error
+        raise UserError(f"--model {text}: {place} cannot be imported ({in_short(error)}): correct it first") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"--model {text}: {place} has no callable {name}: name a class or function of it")
     return getattr(module, name)
@@ -98,13 +98,13 @@ def build_network(build: Callable[[], nn.Module], text: str) -> nn.Module:
     try:
         network = build()
     except Exception as error:
-        raise UserError(f"--model {text}: cannot be built without arguments ({one_line(error)})") from error
+        raise UserError(f"--model {text}: cannot be built without arguments ({in_short(error)})") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"--model {text}: gives a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-def one_line(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """The kind of an error and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
