@@ -657,3 +657,17 @@ def test_evaluate_diffusion_takes_the_synthesiser(tmp_path, monkeypatch, capsys,
     evaluate_diffusion.main()
     assert float(re.search(r"\| 1 +\| ([\d.]+)% +\| [\d.]+% +\|", capsys.readouterr().out)[1]) > 97
     assert (tmp_path / "plot.png").exists()
+
+
+def weight_norm() -> nn.Module:
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 4, 3)), nn.Flatten(), nn.Linear(2704, 10))
+
+
+def test_a_layer_of_many_lines_is_named_in_one(monkeypatch, refusal, tmp_path):
+    assert "\n" in repr(weight_norm()[0])
+    with pytest.raises(ValueError, match=r"^_0: ParametrizedConv2d is not supported; supported: Conv2d") as caught:
+        ComputationGraph(weight_norm())
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("universal.architectures.weight_norm", weight_norm, raising=False)
+    line = refusal(synthesize.main, "--model", "universal.architectures:weight_norm", "--out", tmp_path / "w.pth")
+    assert "universal.architectures:weight_norm: _0: ParametrizedConv2d is not supported" in line

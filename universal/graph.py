@@ -179,10 +179,12 @@ class ComputationGraph:
         return kind in SUPPORTED_TARGETS and not reads_indices
 
     def _describe(self, node: fx.Node) -> str:
+        """What a node computes, in one line."""
         kind = self._kind(node)
-        return (
-            str(self.module.get_submodule(node.target)) if node.op == "call_module" else getattr(kind, "__name__", kind)
-        )
+        if node.op != "call_module":
+            return getattr(kind, "__name__", kind)
+        settings = str(self.module.get_submodule(node.target))
+        return settings if len(settings.splitlines()) == 1 else kind.__name__
 
     def _read_layer(self, node: fx.Node, depth: int, sources: tuple) -> Layer | None:
         """The layer that a node computes, if it does."""
@@ -192,7 +194,7 @@ class ComputationGraph:
             names = [f"{node.target}.weight", f"{node.target}.bias" if module.bias is not None else None]
             settings = {name: getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")}
             if getattr(module, "padding_mode", "zeros") != "zeros":
-                raise ValueError(f"{node.name}: {module} is not supported; supported: {SUPPORTED}")
+                raise ValueError(f"{node.name}: {self._describe(node)} is not supported; supported: {SUPPORTED}")
         elif kind in (F.conv2d, torch.conv2d, F.linear):
             given = dict(zip(FUNCTION_ARGUMENTS, node.args, strict=False)) | node.kwargs
             names = [getattr(given.get(name), "target", None) for name in ("weight", "bias")]
