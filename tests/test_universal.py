@@ -671,3 +671,32 @@ def test_a_layer_of_many_lines_is_named_in_one(monkeypatch, refusal, tmp_path):
     monkeypatch.setattr("universal.architectures.weight_norm", weight_norm, raising=False)
     line = refusal(synthesize.main, "--model", "universal.architectures:weight_norm", "--out", tmp_path / "w.pth")
     assert "universal.architectures:weight_norm: _0: ParametrizedConv2d is not supported" in line
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, torch.compile, lambda network: nn.DataParallel(torch.compile(nn.DataParallel(network)))],
+    ids=["DataParallel", "compile", "nested"],
+)
+def test_a_wrapped_network_is_written_in_place(synthesizer, wrap):
+    network = cnn([8, 8], 16)
+    wrapper = wrap(network)
+    parameters = list(network.parameters())
+    assert synthesizer.synthesize(wrapper, seed=3) is wrapper
+    assert all(one is other for one, other in zip(wrapper.parameters(), parameters, strict=True))
+    expected = synthesizer.synthesize(cnn([8, 8], 16), seed=3)
+    assert torch.equal(flatten_weights(network), flatten_weights(expected))
+
+
+def test_a_network_s_own_module_is_no_wrapper():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = mlp([20])
+
+        def forward(self, images):
+            return self.module(images.relu())
+
+    images = torch.randn(2, 1, 28, 28)
+    network = Own()
+    torch.testing.assert_close(ComputationGraph(network).run(images, network.state_dict()), network(images))

@@ -68,15 +68,27 @@ class Layer(NamedTuple):
         return F.conv2d(inputs, weight, bias, **self.options)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network within `torch.compile`, DataParallel and DistributedDataParallel, which compute what it computes."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):  # torch.compile's, whose type takes a second to import
+            module = module._orig_mod
+        else:
+            return module
+
+
 class ComputationGraph:
     """The computation graph of a module that classifies images [N, channels, 28, 28] as logits [N, classes].
 
-    `layers` are its `Layer`s in order of computation, `channels` (1 or 3) and `classes` are read from the graph.
+    `module` is that module, `unwrapped`, and `parameters` are its own, by name. `layers` are its `Layer`s in order of
+    computation, `channels` (1 or 3) and `classes` are read from the graph.
     Raises ValueError, naming the node, for a module that cannot be traced or that holds anything but `SUPPORTED`.
     """
 
     def __init__(self, module: nn.Module):
-        self.module = module
+        self.module = module = unwrapped(module)
         try:
             self.nodes = list(fx.Tracer().trace(module).nodes)
         except Exception as error:  # tracing runs the module's own code, which may raise anything
