@@ -317,7 +317,7 @@ class Score(NamedTuple):
 
 @torch.inference_mode()
 def score(model: nn.Module, data: Dataset, batch_size: int = 250) -> Score:
-    """Score `model` on all of `data`, in float32. `batch_size` changes the speed, not the result."""
+    """Score `model` on all of `data`, the losses in float32. `batch_size` changes the speed, not the result."""
     model.eval()
     logits = torch.cat([model(images) for images in data.images.split(batch_size)]).float()
     losses = F.cross_entropy(logits, data.labels, reduction="none")

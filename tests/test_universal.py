@@ -700,3 +700,61 @@ def test_a_network_s_own_module_is_no_wrapper():
     images = torch.randn(2, 1, 28, 28)
     network = Own()
     torch.testing.assert_close(ComputationGraph(network).run(images, network.state_dict()), network(images))
+
+
+OTHER_NETS = """
+import torch
+from torch import nn
+
+def net(classes=10):
+    return nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1152, classes))
+
+def one(): return net(1)
+def two(): return net(2)
+def seven(): return net(7)
+def double(): return net().double()
+def half(): return net().half()
+def brain(): return net().bfloat16()
+def mixed(): return net().append(nn.Linear(10, 10).double())
+def compiled(): return torch.compile(net())
+def parallel(): return nn.DataParallel(torch.compile(net(4).half()))
+"""
+
+
+@pytest.mark.parametrize("name", ["one", "two", "seven", "double", "half", "brain", "compiled", "parallel"])
+def test_networks_of_every_kind_are_written_scored_and_saved(tmp_path, monkeypatch, capsys, digits, name):
+    path, out = tmp_path / "other_nets.py", tmp_path / "w.pth"
+    path.write_text(OTHER_NETS)
+    monkeypatch.setattr(synthesize, "scoring_data", lambda *_: digits[:1000])
+    options = ["--model", f"{path}:{name}", "--out", out, "--evaluate", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", *map(str, options)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    synthesize.main()
+    printed = float(re.search(r"Accuracy = (\d+\.\d+)%", capsys.readouterr().out)[1])
+    assert printed > 85
+
+    network = getattr(sys.modules["other_nets"], name)()
+    network.load_state_dict(torch.load(out, weights_only=True))  # as it is
+    inner = network.module._orig_mod if name == "parallel" else network._orig_mod if name == "compiled" else network
+    few = digits[:1000]
+    few = few[few.labels < len(inner[-1].bias)]
+    with torch.inference_mode():
+        logits = inner(few.images.to(inner[-1].bias.dtype))
+    right = (logits.argmax(1) == few.labels).double().mean().item()
+    assert printed == pytest.approx(100 * right, abs=0.2 if name in ("half", "brain", "parallel") else 0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("two", "none of the --validation images is of its 2 classes: hold out more"),
+        ("mixed", "cannot be scored on torch.float32 images (RuntimeError: "),
+    ],
+)
+def test_what_cannot_be_scored_gets_one_line_and_is_not_saved(tmp_path, monkeypatch, refusal, digits, name, reason):
+    (tmp_path / "other_nets.py").write_text(OTHER_NETS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(synthesize, "scoring_data", lambda *_: digits[digits.labels > 1])
+    options = ["--model", f"{tmp_path}/other_nets.py:{name}", "--out", tmp_path / "w.pth", "--evaluate"]
+    assert reason in refusal(synthesize.main, *options)
+    assert not (tmp_path / "w.pth").exists()

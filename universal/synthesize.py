@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from scripting import UserError, add_data_options, number, option_parser, output_file, run_script, save_tensors
-from target_cnn import score, scoring_data
+from target_cnn import Dataset, Score, score, scoring_data
 from universal.graph import ComputationGraph
 from universal.synthesizer import SYNTHESIZER, load_synthesizer
 
@@ -30,7 +30,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--out", type=output_file(".pth", ".pt"), required=True, help="file to write")
     parser.add_argument("--count", type=number(int, 1, 100_000), default=1, help="networks, from seeds SEED on")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=1, help="generative steps")
-    parser.add_argument("--evaluate", action="store_true", help="score what was written")
+    parser.add_argument("--evaluate", action="store_true", help="score what was written, on images of its classes")
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the trained synthesiser")
     add_data_options(parser)
     return parser.parse_args()
@@ -48,12 +48,13 @@ def main() -> None:
         start = time.perf_counter()
         try:
             synthesizer.synthesize(network, steps=options.steps)
+            milliseconds = 1000 * (time.perf_counter() - start)
+            result = scored(network, data) if options.evaluate else None
         except ValueError as error:
             raise UserError(f"{options.model}: {error}") from error
-        line = f"Seed {seed}: wrote {sum(p.numel() for p in network.parameters()):,} weights"
-        line += f" in {1000 * (time.perf_counter() - start):.0f} ms"
-        if data is not None:
-            line += f", Accuracy = {scored(network, data).accuracy_percent:.2f}%"
+        line = f"Seed {seed}: wrote {sum(p.numel() for p in network.parameters()):,} weights in {milliseconds:.0f} ms"
+        if result is not None:
+            line += f", Accuracy = {result.accuracy_percent:.2f}%"
         print(line, flush=True)
         states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})
     for index, state in enumerate(states, start=1):  # only now: a network that cannot be written leaves no file
@@ -62,10 +63,21 @@ def main() -> None:
         print(f"Weights saved to {path}")
 
 
-def scored(network: nn.Module, data):
-    """The score of a network that may take three channels, for which the grey images are repeated."""
-    channels = ComputationGraph(network).channels
-    return score(network, data._replace(images=data.images.expand(-1, channels, -1, -1)))
+def scored(network: nn.Module, data: Dataset) -> Score:
+    """The score of `network` on the images of its classes, with the channels and in the precision that it takes.
+
+    Raises ValueError if there is no such image, or if the network cannot compute in that precision here.
+    """
+    graph = ComputationGraph(network)
+    data = data[data.labels < graph.classes]
+    if not len(data.labels):
+        raise ValueError(f"none of the --validation images is of its {graph.classes} classes: hold out more of them")
+    precision = next(iter(graph.parameters.values())).dtype
+    images = data.images.expand(-1, graph.channels, -1, -1).to(precision)
+    try:
+        return score(graph.module, data._replace(images=images))
+    except RuntimeError as error:
+        raise ValueError(f"cannot be scored on {precision} images ({in_short(error)}): leave out --evaluate") from error
 
 
 def load_builder(text: str) -> Callable[[], nn.Module]:
