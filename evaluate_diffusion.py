@@ -9,7 +9,8 @@ import argparse
 from itertools import zip_longest
 
 from diffusion_model import rollout
-from evaluate_generalization import evaluation_parser, plot
+from evaluate_generalization import evaluation_parser
+from plots import plot_comparison
 from scripting import run_script, table
 from target_cnn import Score, find_runs, load_run, score_weights, scoring_data
 from universal.flat import load_generator
@@ -37,7 +38,7 @@ def main() -> None:
     print(comparison_table("Accuracy (%)", "{0.accuracy_percent:.2f}%", generated, original))
     print()
     print(comparison_table("Average Loss", "{0.average_loss:.4f}", generated, original))
-    plot(generated, original, options.plot)
+    plot_comparison(generated, original, options.plot)
     print(f"Plot saved to {options.plot}")
 
 

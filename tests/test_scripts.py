@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, assert_png, run
 
 import evaluate_diffusion
 import evaluate_generalization
@@ -39,15 +39,6 @@ def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
     assert result.returncode == 2, result.stdout + result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert words in result.stderr
-
-
-def assert_png(path, width: int, height: int) -> None:
-    """Assert that `path` is a PNG picture of this size and not of one colour."""
-    from matplotlib import image
-
-    picture = image.imread(path)
-    assert picture.shape[:2] == (height, width)
-    assert picture[..., :3].std() > 0.05
 
 
 @pytest.fixture
@@ -122,7 +113,7 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
     assert not [form for form in positions if isinstance(form, str)]
     accuracies = [float(number) for number in re.findall(r"Generated Step .*Accuracy = ([\d.]+)%", result.stdout)]
     assert min(accuracies) > 95
-    assert_png(tmp_path / "plot.png", 2700, 720)
+    assert_png(tmp_path / "plot.png", 2700, 1080)
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["verdict"]["verdict"] == "recalls the recorded run"
     assert [round(row["mean"]) for row in record["over_inits"][1:]] == [round(value) for value in accuracies]
