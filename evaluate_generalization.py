@@ -157,7 +157,7 @@ def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentPars
     parser = option_parser(description, seed=1000)
     parser.add_argument("--model", type=Path, default=Path("diffusion_optimizer.pth"), help="the model to evaluate")
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
-    parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps")
+    parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
     parser.add_argument(
         "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot_name), help="plot to save"
     )

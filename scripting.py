@@ -101,8 +101,22 @@ def output_directory(text: str) -> Path:
     return path
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to the help of every option what holds without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        if action.const is True:  # a flag
+            return f"{action.help} (default: off)"
+        return f"{action.help} (default: none)" if action.default is None else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose errors are one line, without the usage, and whose help states the defaults."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -110,7 +124,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def option_parser(description: str, seed: int) -> argparse.ArgumentParser:
     """The parser of a script, with the options that every script takes."""
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description)
     # PyTorch's CPU generator uses the lowest 32 bits only: larger seeds would repeat smaller ones unnoticed.
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=seed, help="seed of all randomness")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """The four scripts as a user runs them: what they print and save, and how they refuse bad input."""
 
+import importlib
 import json
 import re
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import benchmark
 import pytest
 import torch
 from conftest import REPOSITORY, assert_png, run
@@ -31,7 +33,12 @@ from target_cnn import (
 )
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
-SCRIPTS = [train_target_model, train_diffusion, evaluate_generalization, evaluate_diffusion]
+COMMANDS = [  # the module names of all files that can be run; pytest imports from tests/ itself
+    f"{package}{path.stem}"
+    for directory, package in ((".", ""), ("universal", "universal."), ("tests", ""))
+    for path in sorted((REPOSITORY / directory).glob("*.py"))
+    if '\nif __name__ == "__main__":' in path.read_text()
+]
 
 
 def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
@@ -229,15 +236,19 @@ def test_fp32_and_bf16_train_alike(tmp_path, record):
     assert 0 < (fp32[1] - bf16[1]).norm() < 0.5 * moved
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_help_states_the_defaults(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", "--help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_states_its_meaning_and_default(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
     with pytest.raises(SystemExit) as caught:
-        script.main()
+        importlib.import_module(command).parse_options()
     assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--seed", "--device", "--checkpoints", "default:"):
-        assert option in text
+    _, *options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    assert options
+    for option in options:
+        form = r"--(\S+)(?: [A-Z_]+| {\S+})? (?P<meaning>.+) \((required|default: (?!None|False)\S.*)\)"
+        match = re.fullmatch(form, " ".join(option.split()))
+        assert match, option
+        assert len(set(match["meaning"].lower().split()) - set(match[1].split("-"))) > 1, option
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -332,6 +343,7 @@ def test_a_damaged_training_log_is_named(checkpoints, refusal):
         (evaluate_generalization, ["--results", "results.txt"]),
         (evaluate_diffusion, ["--plot", "."]),
         (evaluate_diffusion, ["--colour", "red"]),
+        (benchmark, ["--dense-steps", "1"]),
     ],
 )
 def test_bad_options_are_refused_before_any_work(script, options, refusal):

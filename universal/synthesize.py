@@ -29,9 +29,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="what builds the network: module:name, or my_net.py:Net")
     parser.add_argument("--out", type=output_file(".pth", ".pt"), required=True, help="file to write")
     parser.add_argument("--count", type=number(int, 1, 100_000), default=1, help="networks, from seeds SEED on")
-    parser.add_argument("--steps", type=number(int, 1, 1000), default=1, help="generative steps")
+    parser.add_argument("--steps", type=number(int, 1, 1000), default=1, help="generative steps to take in a row")
     parser.add_argument("--evaluate", action="store_true", help="score what was written, on images of its classes")
-    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the trained synthesiser")
+    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the trained synthesiser")
     add_data_options(parser)
     return parser.parse_args()
 
