@@ -277,9 +277,9 @@ def scoring_data(root: Path, validation: int, device: torch.device | str = "cpu"
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bf16 faster than in fp32."""
+    """Whether the hardware is known to compute in bf16 faster than in fp32."""
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 cannot be asked
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 

@@ -22,6 +22,7 @@ from target_cnn import (
     Dataset,
     TargetCNN,
     checkpoint_path,
+    fast_bf16,
     find_runs,
     flatten_weights,
     load_checkpoint,
@@ -130,6 +131,15 @@ def test_equal_states_are_scored_once(few_images, monkeypatch):
     alone = score(load_weights(TargetCNN(), second), few_images)
     assert scores[1].cross_entropy == pytest.approx(alone.cross_entropy, rel=1e-5)
     assert torch.equal(scores[1].wrong, alone.wrong)
+
+
+def test_bf16_is_for_processors_that_say_they_have_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for capabilities, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert fast_bf16(cpu) == fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in the oldest PyTorch that is supported
+    assert not fast_bf16(cpu)
 
 
 def write_run(directory, epochs):
