@@ -155,7 +155,12 @@ def train_reference(options: argparse.Namespace) -> Tensor:
 def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentParser:
     """The options that both evaluations take. The seed is none that training uses by default."""
     parser = option_parser(description, seed=1000)
-    parser.add_argument("--model", type=Path, default=Path("diffusion_optimizer.pth"), help="the model to evaluate")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("diffusion_optimizer.pth"),
+        help="what to evaluate: a diffusion model, or universal/synthesizer.pth",
+    )
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
     parser.add_argument(

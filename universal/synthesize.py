@@ -26,8 +26,14 @@ from universal.synthesizer import SYNTHESIZER, load_synthesizer
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Write the weights of a network with the universal synthesiser.", seed=0)
-    parser.add_argument("--model", required=True, help="what builds the network: module:name, or my_net.py:Net")
-    parser.add_argument("--out", type=output_file(".pth", ".pt"), required=True, help="file to write")
+    required = {"required": True, "default": argparse.SUPPRESS}  # --help shows no default where there is none
+    parser.add_argument("--model", **required, help="what builds it: module:name, or my_net.py:Net (required)")
+    parser.add_argument(
+        "--out",
+        type=output_file(".pth", ".pt"),
+        **required,
+        help="file to write; with --count, its numbered siblings (required)",
+    )
     parser.add_argument("--count", type=number(int, 1, 100_000), default=1, help="networks, from seeds SEED on")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=1, help="generative steps to take in a row")
     parser.add_argument("--evaluate", action="store_true", help="score what was written, on images of its classes")
