@@ -10,10 +10,10 @@ from itertools import zip_longest
 
 from diffusion_model import rollout
 from evaluate_generalization import evaluation_parser
-from plots import plot_comparison
 from scripting import run_script, table
 from target_cnn import Score, find_runs, load_run, score_weights, scoring_data
 from universal.flat import load_generator
+from universal.plots import plot_comparison
 
 
 def parse_options() -> argparse.Namespace:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from diffusion_model import rollout
-from plots import plot_evaluation
 from scripting import (
     UserError,
     add_data_options,
@@ -47,6 +46,7 @@ from target_cnn import (
 )
 from universal.flat import load_generator
 from universal.generalization import assess, cost, match_neurons, report, starting_points
+from universal.plots import plot_evaluation
 
 
 def parse_options() -> argparse.Namespace:
