@@ -217,7 +217,7 @@ def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu
 
     Raises UserError if the file is missing, broken, of another kind, or of another dimension.
     """
-    content = load_file(path, mmap=True)
+    content = load_file(path, maker="train_diffusion.py", mmap=True)
     classes = {kind.__name__: kind for kind in (SimpleWeightSpaceDiffusion, SpanDiffusion)}
     try:
         if not isinstance(content, dict):

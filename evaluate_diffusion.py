@@ -8,10 +8,12 @@ For an initialisation that the diffusion model never saw, run evaluate_generaliz
 import argparse
 from itertools import zip_longest
 
-from diffusion_model import load_diffusion, rollout
-from evaluate_generalization import evaluation_parser, plot
+from diffusion_model import rollout
+from evaluate_generalization import evaluation_parser
 from scripting import run_script, table
 from target_cnn import Score, find_runs, load_run, score_weights, scoring_data
+from universal.flat import load_generator
+from universal.plots import plot_comparison
 
 
 def parse_options() -> argparse.Namespace:
@@ -25,7 +27,7 @@ def main() -> None:
     print(f"Using device: {options.device}")
     directory = find_runs(options.checkpoints)[0]
     run = load_run(directory).to(options.device)
-    model = load_diffusion(options.model, run.shape[1], options.device)
+    model = load_generator(options.model, run.shape[1], options.device)
     data = scoring_data(options.data, options.validation, options.device)
 
     print(f"Generating {options.steps} steps with {options.model} from epoch 0 of {directory}...")
@@ -36,7 +38,7 @@ def main() -> None:
     print(comparison_table("Accuracy (%)", "{0.accuracy_percent:.2f}%", generated, original))
     print()
     print(comparison_table("Average Loss", "{0.average_loss:.4f}", generated, original))
-    plot(generated, original, options.plot)
+    plot_comparison(generated, original, options.plot)
     print(f"Plot saved to {options.plot}")
 
 

@@ -23,7 +23,6 @@ from scripting import (
     option_parser,
     output_file,
     run_script,
-    save_file,
     save_json,
     table,
 )
@@ -39,13 +38,15 @@ from target_cnn import (
     load_run,
     load_weights,
     random_init,
+    recorded_files,
     score_weights,
     scoring_data,
     train_epoch,
     training_data,
 )
 from universal.flat import load_generator
-from universal.generalization import assess, cost, report, starting_points
+from universal.generalization import assess, cost, match_neurons, report, starting_points
+from universal.plots import plot_evaluation
 
 
 def parse_options() -> argparse.Namespace:
@@ -74,8 +75,13 @@ def main() -> None:
     inits = [random_init(options.seed + index) for index in range(options.inits)]
     print(f"Target CNN: flat dimension = {len(inits[0])}")
     runs = {directory: load_run(directory) for directory in find_runs(options.checkpoints)}
+    recorded = {
+        str(path): weights
+        for directory, run in runs.items()
+        for path, weights in zip(recorded_files(directory), run, strict=True)
+    }
     for index, init in enumerate(inits):
-        refuse_recorded(init, runs, options.seed + index)
+        refuse_recorded(init, recorded, options.seed + index)
     directory, run = next(iter(runs.items()))
     log = load_log(directory)
     reference = load_run(find_runs(options.reference)[0])[-1] if options.reference else None
@@ -109,14 +115,15 @@ def main() -> None:
 
     if reference is None and options.reference_epochs:
         reference = train_reference(options)
+    recorded = {
+        str(checkpoint_path(path, epoch)): run[epoch] for path, run in runs.items() for epoch in range(len(run))
+    }
     record = assess(
         starts,
         states,
         options.inits,
         generated_scores,
-        recorded={
-            str(checkpoint_path(path, epoch)): run[epoch] for path, run in runs.items() for epoch in range(len(run))
-        },
+        recorded=recorded,
         recorded_scores=original_scores,
         reference=reference,
         data=data,
@@ -128,7 +135,8 @@ def main() -> None:
     print(f"Results saved to {options.results}")
 
     print("Plotting results...")
-    plot(generated_scores, original_scores[: options.steps + 1], options.plot, record["networks"])
+    shown = networks_to_show(states[:, : options.inits], recorded, record["networks"])
+    plot_evaluation(generated_scores, original_scores[: options.steps + 1], record["networks"], shown, options.plot)
     print(f"Plot saved to {options.plot}")
     print("Evaluation finished.")
 
@@ -147,9 +155,14 @@ def train_reference(options: argparse.Namespace) -> Tensor:
 def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentParser:
     """The options that both evaluations take. The seed is none that training uses by default."""
     parser = option_parser(description, seed=1000)
-    parser.add_argument("--model", type=Path, default=Path("diffusion_optimizer.pth"), help="the model to evaluate")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("diffusion_optimizer.pth"),
+        help="what to evaluate: a diffusion model, or universal/synthesizer.pth",
+    )
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
-    parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps")
+    parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
     parser.add_argument(
         "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot_name), help="plot to save"
     )
@@ -157,13 +170,11 @@ def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentPars
     return parser
 
 
-def refuse_recorded(init: Tensor, runs: dict[Path, Tensor], seed: int) -> None:
-    """Raise UserError if `init`, [421642], is one of the recorded checkpoints."""
-    for directory, run in runs.items():
-        for epoch, weights in enumerate(run):
-            if torch.equal(init, weights):
-                path = checkpoint_path(directory, epoch)
-                raise UserError(f"{path}: equals the init of --seed {seed}, which is not unseen: choose another --seed")
+def refuse_recorded(init: Tensor, recorded: dict[str, Tensor], seed: int) -> None:
+    """Raise UserError if `init`, [421642], is one of the recorded checkpoints, [421642] each by the names of files."""
+    for path, weights in recorded.items():
+        if torch.equal(init, weights):
+            raise UserError(f"{path}: equals the init of --seed {seed}, which is not unseen: choose another --seed")
 
 
 def describe(result: Score) -> str:
@@ -186,66 +197,25 @@ def steps_table(scores: list[Score]) -> str:
     return table(header, rows)
 
 
-def plot(generated: list[Score], original: list[Score], path: Path, networks: list[dict] | None = None) -> None:
-    """Save two panels, accuracy and loss over step or epoch, generated against original.
+def networks_to_show(states: Tensor, recorded: dict[str, Tensor], networks: list[dict]) -> dict[str, Tensor]:
+    """The networks whose weights the plot shows, [421642] each, by title.
 
-    Both show the trained range; the random start, far outside it, is named in the margin. With the `networks` of
-    `universal.generalization.assess` a third panel shows accuracy against error overlap with the recorded checkpoints.
+    `states` are those of the unseen inits, [steps + 1, inits, 421642], `recorded` the checkpoints by file name, and
+    `networks` those of `assess`. The neurons of the nearest checkpoint and of what a second init ends in are matched to
+    those of what the first init ends in, so that the three can be compared filter by filter.
     """
-    import matplotlib  # imported here: training and the tables do not need it
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import MaxNLocator
-
-    panels = 3 if networks else 2
-    figure, axes = plt.subplots(1, panels, figsize=(6 * panels, 4.8), layout="constrained")
-    curves = {"generated": (generated, "#0072B2", "o-"), "original training": (original, "#D55E00", "s--")}
-    for panel, field in zip(axes, ("accuracy_percent", "average_loss"), strict=False):
-        trained = []
-        for name, (scores, colour, style) in curves.items():
-            values = [getattr(result, field) for result in scores]
-            panel.plot(range(len(values)), values, style, color=colour, label=name, markersize=5)
-            trained += values[1:]
-        margin = 0.08 * (max(trained) - min(trained)) or 0.1
-        panel.set_ylim(min(trained) - margin, max(trained) + margin)
-        panel.set_xlim(-0.3, max(len(generated), len(original)) - 0.7)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.set_xlabel("generative step / training epoch")
-    start = generated[0]
-    margin_note = {"xycoords": "axes fraction", "color": "#444444"}
-    axes[0].set(title="Accuracy", ylabel="accuracy (%)")
-    axes[0].legend(loc="lower right")
-    axes[0].annotate(f"step 0:\n{start.accuracy_percent:.1f} %", (0.02, 0.02), **margin_note)
-    axes[1].set(title="Loss", ylabel="average loss (sum over a batch of 256)")
-    axes[1].legend(loc="upper right")
-    axes[1].annotate(f"step 0:\n{start.average_loss:.0f}", (0.02, 0.91), **margin_note)
-    if networks:
-        plot_overlaps(axes[2], networks)
-    for panel in axes:
-        panel.grid(alpha=0.3)
-    save_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
-    plt.close(figure)
-
-
-def plot_overlaps(panel, networks: list[dict]) -> None:
-    """Draw each network's accuracy over its error overlap with the recorded checkpoints, a colour for each method."""
-    colours = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#F0E442", "#000000", "#D55E00")
-    methods = list(dict.fromkeys(network["method"] for network in networks))
-    for method, colour, marker in zip(methods, colours * 2, "oD^vs<>pP*X" * 2, strict=False):
-        points = [network for network in networks if network["method"] == method]
-        panel.scatter(
-            [network["error_overlap"] for network in points],
-            [network["accuracy_percent"] for network in points],
-            color=colour, marker=marker, label=method, alpha=0.8, edgecolors="#444444", linewidths=0.5,
-        )  # fmt: skip
-    panel.set(
-        title="Is it a copy?",
-        xlabel="error overlap with the nearest recorded checkpoint (IoU)",
-        ylabel="accuracy (%)",
-        xlim=(-0.03, 1.03),
-    )
-    panel.legend(loc="best", fontsize="small")
+    last = len(states) - 1
+    end = states[last, 0]
+    nearest = next(network["nearest"] for network in networks if network["method"] == f"generated, step {last}")
+    shown = {
+        "unseen init": states[0, 0],
+        "generated, step 1": states[1, 0],
+        f"generated, step {last}": end,
+        f"nearest recorded checkpoint\n({Path(nearest).name}, neurons matched)": match_neurons(recorded[nearest], end),
+    }
+    for other in states[last, 1:2]:
+        shown[f"generated, step {last}, from a second unseen init\n(neurons matched)"] = match_neurons(other, end)
+    return shown
 
 
 if __name__ == "__main__":

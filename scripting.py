@@ -1,18 +1,41 @@
 """What every script needs: options, devices, one-line errors, tables, and files that are whole or not there at all."""
 
 import argparse
+import contextlib
+import errno
 import json
 import os
+import pickle
+import re
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 
 class UserError(Exception):
     """Bad input. Its text is the one line that the user sees: which file or option, what is wrong, what to do."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """The lines of `text` as one: it may quote what a user or another program has written."""
+    return " ".join(line.strip() for line in text.splitlines())
+
+
+def in_short(error: Exception) -> str:
+    """The kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -83,16 +106,30 @@ def output_directory(text: str) -> Path:
     return path
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to the help of every option what holds without it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        if action.const is True:  # a flag
+            return f"{action.help} (default: off)"
+        return f"{action.help} (default: none)" if action.default is None else super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose errors are one line, without the usage, and whose help states the defaults."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def option_parser(description: str, seed: int) -> argparse.ArgumentParser:
     """The parser of a script, with the options that every script takes."""
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description)
     # PyTorch's CPU generator uses the lowest 32 bits only: larger seeds would repeat smaller ones unnoticed.
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=seed, help="seed of all randomness")
     parser.add_argument(
@@ -135,24 +172,42 @@ def device(text: str) -> torch.device:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def load_file(path: Path, mmap: bool = False, maker: str | None = None):
-    """`torch.load` on the CPU, never executing code from the file. Raises UserError if it cannot be read.
+# What torch.load says of Python objects: of a foreign one, of pickles of protocol 4 or later, and of TorchScript.
+PYTHON_OBJECTS = re.compile(rf"GLOBAL (?P<name>[\w.]+) |Unsupported operand {ord(pickle.FRAME)}\b|TorchScript archive")
 
-    `maker` is the command that makes such a file.
+
+def load_file(path: Path, maker: str, mmap: bool = False):
+    """The content of a PyTorch file or of a `.safetensors` file, on the CPU, never executing code from it.
+
+    `maker` is the command that makes such a file. Raises UserError if it cannot be read.
     """
-    maker = maker or maker_of(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file: run {maker} first")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead to
-        reason = "cannot be read" if isinstance(error, PermissionError) else "is damaged, not a PyTorch file, or unsafe"
-        raise UserError(f"{path}: {reason}: make it again with {maker}") from error
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file as load_safetensors  # an optional package
+
+            return load_safetensors(path)
+        with warnings.catch_warnings(action="ignore"):  # of what the error says too
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except ImportError as error:
+        raise UserError(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
+    except Exception as error:  # both raise whatever the broken bytes lead to
+        raise UserError(f"{path}: {why_not_read(error)} make it again with {maker}") from error
 
 
-def maker_of(path: Path) -> str:
-    """The script that writes such a file."""
-    return "train_target_model.py" if path.name.startswith("weights_epoch_") else "train_diffusion.py"
+def why_not_read(error: Exception) -> str:
+    """The reason for a failure to read, in words, up to what to do."""
+    if isinstance(error, PermissionError):
+        return "cannot be read:"
+    objects = PYTHON_OBJECTS.search(str(error))
+    if objects is None:
+        return "is damaged, not what its name says, or unsafe:"
+    name = f" ({objects['name']})" if objects["name"] else ""
+    return (
+        f"holds a whole pickled module or other Python objects{name}, which are unsafe and never executed: "
+        "save tensors only, as torch.save(model.state_dict(), ...) does, or"
+    )
 
 
 def save_file(path: Path, write: Callable[[Path], None]) -> None:
@@ -160,21 +215,65 @@ def save_file(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises UserError if it cannot be written.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~current_umask())  # mkstemp makes private files
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}): free some space or choose another path") from error
-    finally:
-        if temporary is not None:
+        remove_abandoned(path)
+        with temporary_file(path) as temporary:
+            write(temporary)
+            os.chmod(temporary, 0o666 & ~current_umask())  # temporary files are private
+            os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be written ({why_not_written(error)}): free some space or choose another path"
+        ) from error
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, deleted in the end and locked until then, but on Windows.
+
+    The lock ends with this process, however it ends, so another process can tell whether the file is abandoned.
+    """
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix, delete=False
+    ) as stream:
+        temporary = Path(stream.name)
+        try:
+            if fcntl is None:
+                stream.close()  # a file that is open cannot be renamed there
+            else:
+                with contextlib.suppress(OSError):  # not every network file system has locks
+                    fcntl.flock(stream, fcntl.LOCK_EX)
+            yield temporary
+        finally:
             temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Delete the temporary files that killed processes left of `path`."""
+    if fcntl is None:
+        return
+    for name in os.listdir(path.parent):
+        if name.startswith(temporary_prefix(path)) and name.endswith(path.suffix):
+            # One that is locked is being written by another process.
+            with contextlib.suppress(OSError), (path.parent / name).open("rb+") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(stream.name)
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of the temporary files of `path` begin."""
+    return f".{path.stem}.partial-"
+
+
+def why_not_written(error: BaseException) -> str:
+    """The reason for a failure to write, in words. torch.save hides the system's behind a RuntimeError of its own."""
+    cause = error
+    while not isinstance(cause, OSError) and cause.__context__ is not None:
+        cause = cause.__context__
+    if getattr(cause, "errno", None) == errno.ENOSPC:
+        return "the disk is full"
+    return getattr(cause, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_tensors(path: Path, content) -> None:

@@ -6,7 +6,9 @@ Design document, section 2.1.
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -76,7 +78,7 @@ def random_init(seed: int) -> Tensor:
 
 
 def checkpoint_path(directory: Path, epoch: int) -> Path:
-    """Where the weights after `epoch` epochs of a training run lie."""
+    """Where the weights after `epoch` epochs of a training run are saved; other programs may save `.safetensors`."""
     return directory / f"weights_epoch_{epoch}.pth"
 
 
@@ -90,22 +92,67 @@ def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
 
 
 def load_checkpoint(path: Path) -> Tensor:
-    """The weights of one recorded epoch, [421642]. Raises UserError unless it is a finite TargetCNN `state_dict`."""
-    state = load_file(path)
+    """The weights of one recorded epoch, [421642], as this or another program saved them.
+
+    The file is a finite `state_dict` of TargetCNN, or holds exactly one among other things. A prefix that a wrapper
+    added to all its keys is taken off. Raises UserError otherwise.
+    """
+    content = load_file(path, maker="train_target_model.py")
     model = TargetCNN()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if not isinstance(state, dict) or expected != {
-        name: tuple(tensor.shape) if isinstance(tensor, Tensor) else None for name, tensor in state.items()
-    }:
+    states = find_state_dicts(content, shapes(model.state_dict()))
+    if len(states) > 1:
+        names = " and ".join(name for name, _ in states)
+        raise UserError(f"{path}: holds more than one state_dict of TargetCNN, {names}: save only one of them")
+    if not states:
         raise UserError(
-            f"{path}: not a state_dict of TargetCNN (its layers are conv1, conv2, fc1, fc2): "
+            f"{path}: not a state_dict of TargetCNN (its layers are conv1, conv2, fc1, fc2), nor does it hold one: "
             "run train_target_model.py to record one"
         )
-    model.load_state_dict(state)
+    model.load_state_dict(states[0][1])
     weights = flatten_weights(model)
     if not weights.isfinite().all():
         raise UserError(f"{path}: holds NaN or infinite weights: record this run again with train_target_model.py")
     return weights
+
+
+def find_state_dicts(content, expected: dict, name: str = "", depth: int = 3) -> list[tuple[str, dict[str, Tensor]]]:
+    """Each `state_dict` of the `expected` shapes: `content` itself, or entries up to `depth` dictionaries deep in it.
+
+    They come with the names of the entries that lead to them, such as "states.model", and without prefixes.
+    """
+    if not isinstance(content, dict):
+        return []
+    state = without_prefix(content)
+    if shapes(state) == expected:
+        return [(name, state)]
+    entries = content.items() if depth else ()
+    return [
+        found
+        for key, entry in entries
+        for found in find_state_dicts(entry, expected, f"{name}.{key}".removeprefix("."), depth - 1)
+    ]
+
+
+def without_prefix(state: dict) -> dict:
+    """`state` without what all its keys begin with, up to a dot.
+
+    DataParallel and its like add "module.", `torch.compile` "_orig_mod.", Opacus "_module.", and several of them more.
+    """
+    prefix = os.path.commonprefix([str(key) for key in state])  # noqa: RUF071 - they are not paths
+    prefix = prefix[: prefix.rfind(".") + 1]
+    return {str(key).removeprefix(prefix): value for key, value in state.items()}
+
+
+def shapes(state: dict) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of the tensors in `state` that can be weights; None for masks, sparse tensors and all other things."""
+    return {name: tuple(value.shape) if can_be_weights(value) else None for name, value in state.items()}
+
+
+def can_be_weights(value) -> bool:
+    """Whether `value` is a dense tensor of real numbers."""
+    return (
+        isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
+    )
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -116,29 +163,40 @@ def find_runs(directory: Path) -> list[Path]:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: run train_target_model.py first")
     runs = sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"run_\d+", path.name))
-    if recorded_epochs(directory):
+    if recorded_files(directory):
         if runs:
-            raise UserError(f"{directory}: holds both weights_epoch_*.pth and {runs[0].name}: keep only one of them")
+            raise UserError(f"{directory}: holds both weights_epoch_* files and {runs[0].name}: keep only one of them")
         return [directory]
     if not runs:
-        raise UserError(f"{directory}: holds no weights_epoch_*.pth: run train_target_model.py first")
+        raise UserError(f"{directory}: holds no weights_epoch_*.pth or .safetensors: run train_target_model.py first")
     return runs
 
 
-def recorded_epochs(directory: Path) -> list[int]:
-    """The epochs whose weights lie in `directory`, sorted."""
-    matches = (re.fullmatch(r"weights_epoch_(\d+)\.pth", path.name) for path in directory.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+def recorded_files(directory: Path) -> list[Path]:
+    """The files in `directory` that are the weights of an epoch, `.pth` or `.safetensors`, in the order of epochs."""
+    return sorted((path for path in directory.iterdir() if epoch_of(path) is not None), key=epoch_of)
+
+
+def epoch_of(path: Path) -> int | None:
+    """The epoch whose weights a file is, by its name; None for other files."""
+    match = re.fullmatch(r"weights_epoch_(\d+)\.(pth|safetensors)", path.name)
+    return int(match[1]) if match else None
 
 
 def load_run(directory: Path) -> Tensor:
-    """All checkpoints of one training run, [epochs + 1, 421642]. Raises UserError if one is missing or broken."""
-    epochs = recorded_epochs(directory)
-    missing = sorted(set(range(max(epochs, default=0) + 1)) - set(epochs))
-    if missing:
-        path = checkpoint_path(directory, missing[0])
+    """All checkpoints of one training run, [epochs + 1, 421642], in the order of `recorded_files`.
+
+    Raises UserError if one is missing, broken, or there twice.
+    """
+    files = recorded_files(directory)
+    for first, second in itertools.pairwise(files):
+        if epoch_of(first) == epoch_of(second):
+            raise UserError(f"{first}: the same epoch is in {second.name} too: keep only one of them")
+    missing = min(set(range(len(files) + 1)) - {epoch_of(path) for path in files})
+    if missing < max(len(files), 1):
+        path = checkpoint_path(directory, missing)
         raise UserError(f"{path}: is missing from the recorded epochs: record the run again with train_target_model.py")
-    return torch.stack([load_checkpoint(checkpoint_path(directory, epoch)) for epoch in epochs])
+    return torch.stack([load_checkpoint(path) for path in files])
 
 
 def load_log(directory: Path) -> list[dict] | None:
@@ -219,9 +277,9 @@ def scoring_data(root: Path, validation: int, device: torch.device | str = "cpu"
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bf16 faster than in fp32."""
+    """Whether the hardware is known to compute in bf16 faster than in fp32."""
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.9 cannot be asked
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -259,7 +317,7 @@ class Score(NamedTuple):
 
 @torch.inference_mode()
 def score(model: nn.Module, data: Dataset, batch_size: int = 250) -> Score:
-    """Score `model` on all of `data`, in float32. `batch_size` changes the speed, not the result."""
+    """Score `model` on all of `data`, the losses in float32. `batch_size` changes the speed, not the result."""
     model.eval()
     logits = torch.cat([model(images) for images in data.images.split(batch_size)]).float()
     losses = F.cross_entropy(logits, data.labels, reduction="none")

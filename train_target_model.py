@@ -28,7 +28,7 @@ from target_cnn import (
     checkpoint_path,
     fast_bf16,
     find_runs,
-    recorded_epochs,
+    recorded_files,
     save_checkpoint,
     score,
     scoring_data,
@@ -64,8 +64,9 @@ def main() -> None:
         model = TargetCNN().to(options.device, memory_format=torch.channels_last)
         adam = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
         save_checkpoint(model, directory, 0)
-        for stale in recorded_epochs(directory)[1:]:  # of an earlier run, which must not mix with this one
-            checkpoint_path(directory, stale).unlink()
+        for path in recorded_files(directory):
+            if path != checkpoint_path(directory, 0):  # of an earlier run, which must not mix with this one
+                path.unlink()
         log = []
         for epoch in range(options.epochs + 1):
             loss, seconds = None, 0.0

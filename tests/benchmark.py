@@ -25,22 +25,24 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diffusion, rollout, train_in_span  # noqa: E402
-from scripting import number, table  # noqa: E402
+from scripting import OneLineParser, number, run_script, table  # noqa: E402
 from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, score_weights, scoring_data  # noqa: E402
 
 
+def parse_options() -> argparse.Namespace:
+    parser = OneLineParser("Measure the experiment against the obvious way of writing it, side by side.")
+    parser.add_argument("--dense-steps", type=number(int, 2, 1000), default=60, help="most steps of dense training")
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dense-steps", type=number(int, 2, 1000), default=60, help="most steps of dense training (60)"
-    )
-    options = parser.parse_args()
+    options = parse_options()
     rows = []
 
     with tempfile.TemporaryDirectory() as directory:
         scripts = {}
         for name in ("train_target_model.py", "train_diffusion.py", "evaluate_generalization.py"):
-            scripts[name] = run_script(name, Path(directory))
+            scripts[name] = measure_script(name, Path(directory))
         run = load_run(find_runs(Path(directory) / "checkpoints_weights_cnn")[0])
         our_evaluation = our_evaluation_of(run, Path(directory) / "diffusion_optimizer.pth")
     print("500 synthetic pairs...", flush=True)  # before this process grows: a child's peak counts its parent's
@@ -82,7 +84,7 @@ def main() -> None:
     print(f"trained in {seconds_of_many:.1f} s, peak memory {memory_of_many:.2f} GiB")
 
 
-def run_script(name: str, directory: Path) -> tuple[float, float, str]:
+def measure_script(name: str, directory: Path) -> tuple[float, float, str]:
     """Seconds from start to exit, peak resident memory in GiB, and the output of a script with its defaults."""
     print(f"{name}...", flush=True)
     start = time.perf_counter()
@@ -207,4 +209,4 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,15 @@ def run(script: str, *options, cwd: Path, **settings) -> subprocess.CompletedPro
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, **settings)
 
 
+def assert_png(path, width: int, height: int) -> None:
+    """Assert that `path` is a PNG picture of this size and not of one colour."""
+    from matplotlib import image
+
+    picture = image.imread(path)
+    assert picture.shape[:2] == (height, width)
+    assert picture[..., :3].std() > 0.05
+
+
 @pytest.fixture
 def refusal(monkeypatch, capsys):
     """Run a script's `main` in this process, expect it to refuse, and return the one line that the user would see."""

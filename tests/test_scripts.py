@@ -1,5 +1,6 @@
 """The four scripts as a user runs them: what they print and save, and how they refuse bad input."""
 
+import importlib
 import json
 import re
 import resource
@@ -8,9 +9,10 @@ import signal
 import subprocess
 import sys
 
+import benchmark
 import pytest
 import torch
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, assert_png, run
 
 import evaluate_diffusion
 import evaluate_generalization
@@ -31,7 +33,12 @@ from target_cnn import (
 )
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
-SCRIPTS = [train_target_model, train_diffusion, evaluate_generalization, evaluate_diffusion]
+COMMANDS = [  # the module names of all files that can be run; pytest imports from tests/ itself
+    f"{package}{path.stem}"
+    for directory, package in ((".", ""), ("universal", "universal."), ("tests", ""))
+    for path in sorted((REPOSITORY / directory).glob("*.py"))
+    if '\nif __name__ == "__main__":' in path.read_text()
+]
 
 
 def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
@@ -39,15 +46,6 @@ def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
     assert result.returncode == 2, result.stdout + result.stderr
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert words in result.stderr
-
-
-def assert_png(path, width: int, height: int) -> None:
-    """Assert that `path` is a PNG picture of this size and not of one colour."""
-    from matplotlib import image
-
-    picture = image.imread(path)
-    assert picture.shape[:2] == (height, width)
-    assert picture[..., :3].std() > 0.05
 
 
 @pytest.fixture
@@ -122,7 +120,7 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
     assert not [form for form in positions if isinstance(form, str)]
     accuracies = [float(number) for number in re.findall(r"Generated Step .*Accuracy = ([\d.]+)%", result.stdout)]
     assert min(accuracies) > 95
-    assert_png(tmp_path / "plot.png", 2700, 720)
+    assert_png(tmp_path / "plot.png", 2700, 1080)
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["verdict"]["verdict"] == "recalls the recorded run"
     assert [round(row["mean"]) for row in record["over_inits"][1:]] == [round(value) for value in accuracies]
@@ -216,6 +214,13 @@ def test_recording_again_leaves_nothing_of_the_longer_run_before(tmp_path, recor
     assert len(load_run(tmp_path)) == 2
 
 
+def test_recording_leaves_nothing_of_another_program_s_run(tmp_path, record):
+    for epoch in (0, 1, 5):
+        (tmp_path / f"weights_epoch_{epoch}.safetensors").touch()
+    record("--epochs", 1, "--checkpoints", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("weights_*")) == ["weights_epoch_0.pth", "weights_epoch_1.pth"]
+
+
 def test_training_that_diverges_keeps_the_epochs_before(tmp_path, record):
     with pytest.raises(UserError, match=r"weights_epoch_1\.pth: not saved.*lower --lr"):
         record("--epochs", 1, "--checkpoints", tmp_path, scale=float("nan"))
@@ -231,15 +236,19 @@ def test_fp32_and_bf16_train_alike(tmp_path, record):
     assert 0 < (fp32[1] - bf16[1]).norm() < 0.5 * moved
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
-def test_help_states_the_defaults(script, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", "--help"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_states_its_meaning_and_default(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command, "--help"])
     with pytest.raises(SystemExit) as caught:
-        script.main()
+        importlib.import_module(command).parse_options()
     assert caught.value.code == 0
-    text = capsys.readouterr().out
-    for option in ("--seed", "--device", "--checkpoints", "default:"):
-        assert option in text
+    _, *options = re.split(r"\n  (?=--)", capsys.readouterr().out)
+    assert options
+    for option in options:
+        form = r"--(\S+)(?: [A-Z_]+| {\S+})? (?P<meaning>.+) \((required|default: (?!None|False)\S.*)\)"
+        match = re.fullmatch(form, " ".join(option.split()))
+        assert match, option
+        assert len(set(match["meaning"].lower().split()) - set(match[1].split("-"))) > 1, option
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -255,6 +264,13 @@ def test_missing_and_empty_checkpoints_name_the_script_to_run(script, tmp_path, 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
     assert_refused(run("train_diffusion.py", cwd=tmp_path), "run train_target_model.py first")
     assert_refused(run("train_target_model.py", "--epochs", "0", cwd=tmp_path), "--epochs: '0' is not a whole number")
+
+
+def test_errors_are_one_line_even_if_what_they_name_has_several(tmp_path, refusal):
+    directory = tmp_path / "two\nlines"
+    assert "two lines: no such directory" in refusal(train_diffusion.main, "--checkpoints", directory)
+    assert "--lr: 'a\\nb' is not a number" in refusal(train_diffusion.main, "--lr", "a\nb")
+    assert "unrecognized arguments: --two lines" in refusal(train_diffusion.main, "--two\nlines")
 
 
 def test_a_single_checkpoint_makes_no_pair(checkpoints, refusal):
@@ -327,6 +343,7 @@ def test_a_damaged_training_log_is_named(checkpoints, refusal):
         (evaluate_generalization, ["--results", "results.txt"]),
         (evaluate_diffusion, ["--plot", "."]),
         (evaluate_diffusion, ["--colour", "red"]),
+        (benchmark, ["--dense-steps", "1"]),
     ],
 )
 def test_bad_options_are_refused_before_any_work(script, options, refusal):
@@ -347,7 +364,7 @@ def test_training_that_diverges_saves_nothing_broken(checkpoints, tmp_path, refu
 
 
 def limit_files_to_a_megabyte():
-    """Make larger files fail as on a full disk."""
+    """Make larger files fail half-way, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
@@ -358,7 +375,7 @@ def test_a_full_disk_keeps_the_earlier_files(checkpoints, tmp_path):
     weights = load_run(checkpoints)
     for script, named in (("train_diffusion.py", model.name), ("train_target_model.py", "weights_epoch_0.pth")):
         result = run(script, cwd=tmp_path, preexec_fn=limit_files_to_a_megabyte)
-        assert_refused(result, f"{named}: cannot be written")
+        assert_refused(result, f"{named}: cannot be written (File too large): free some space")
     assert model.read_text() == "earlier"
     assert torch.equal(load_run(checkpoints), weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoints.name, model.name]

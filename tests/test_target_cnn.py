@@ -1,6 +1,14 @@
 """The target system: the network, its weights as a vector and as files, MNIST, the score."""
 
+import errno
+import functools
+import io
+import pickle
 import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +22,7 @@ from target_cnn import (
     Dataset,
     TargetCNN,
     checkpoint_path,
+    fast_bf16,
     find_runs,
     flatten_weights,
     load_checkpoint,
@@ -124,6 +133,15 @@ def test_equal_states_are_scored_once(few_images, monkeypatch):
     assert torch.equal(scores[1].wrong, alone.wrong)
 
 
+def test_bf16_is_for_processors_that_say_they_have_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for capabilities, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert fast_bf16(cpu) == fast
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in the oldest PyTorch that is supported
+    assert not fast_bf16(cpu)
+
+
 def write_run(directory, epochs):
     directory.mkdir(exist_ok=True)
     for epoch in epochs:
@@ -153,6 +171,39 @@ def test_a_gap_in_the_epochs_is_named(tmp_path):
         load_run(tmp_path)
 
 
+def test_safetensors_are_read_as_checkpoints_of_the_same_names(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    models = [TargetCNN() for _ in range(3)]
+    torch.save(models[0].state_dict(), checkpoint_path(tmp_path, 0))
+    for epoch, wrapper in ((1, models[1]), (2, nn.DataParallel(models[2]))):
+        safetensors.save_file(wrapper.state_dict(), tmp_path / f"weights_epoch_{epoch}.safetensors")
+    assert find_runs(tmp_path) == [tmp_path]
+    run = load_run(tmp_path)
+    assert all(torch.equal(weights, flatten_weights(model)) for weights, model in zip(run, models, strict=True))
+    path = tmp_path / "weights_epoch_1.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"weights_epoch_1\.safetensors: is damaged, .*with train_target_model\.py"):
+        load_run(tmp_path)
+
+
+def test_without_the_safetensors_package_its_name_is_given(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    path = tmp_path / "weights_epoch_0.safetensors"
+    path.touch()
+    with pytest.raises(UserError, match=r"weights_epoch_0\.safetensors: .*: pip install safetensors"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights_epoch_1.safetensors", "weights_epoch_01.pth"])
+def test_an_epoch_recorded_twice_is_refused(tmp_path, name):
+    write_run(tmp_path, range(3))
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"weights_epoch_0?1\.\w+: .*epoch is in weights_epoch_0?1\.\w+ too") as caught:
+        load_run(tmp_path)
+    assert name in str(caught.value)
+    assert "weights_epoch_1.pth" in str(caught.value)
+
+
 class Malicious:
     """A pickle that would write a file when it is loaded."""
 
@@ -166,25 +217,126 @@ class Malicious:
 def test_a_pickle_with_code_is_refused_and_not_executed(tmp_path):
     path = checkpoint_path(tmp_path, 0)
     torch.save({"conv1.weight": Malicious(tmp_path / "executed")}, path)
-    with pytest.raises(UserError, match="unsafe"):
+    with pytest.raises(UserError, match=r"Python objects \(_?io\.open\), which are unsafe and never executed"):
         load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
+
+
+def save_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize(
+    ("save", "name"),
+    [
+        (torch.save, r" \(target_cnn\.TargetCNN\)"),
+        (functools.partial(torch.save, _use_new_zipfile_serialization=False), r" \(target_cnn\.TargetCNN\)"),
+        (lambda model, path: torch.save({"model": model}, path, pickle_protocol=5), ""),
+        (lambda model, path: torch.save([model.state_dict(), Path()], path), r" \(pathlib\.PosixPath\)"),
+        (save_pickle, ""),
+        (lambda model, path: torch.jit.trace(model, torch.zeros(1, 1, 28, 28)).save(path), ""),
+    ],
+    ids=["whole", "old format", "new protocol", "beside a path", "by pickle", "TorchScript"],
+)
+def test_a_whole_module_is_named_for_what_it_is(tmp_path, save, name):
+    path = checkpoint_path(tmp_path, 0)
+    save(TargetCNN(), path)
+    line = rf"_0\.pth: holds a whole pickled module or other Python objects{name}, .*: save .*model\.state_dict\(\)"
+    with warnings.catch_warnings(action="error"), pytest.raises(UserError, match=line):  # a warning is another line
+        load_checkpoint(path)
 
 
 def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
     path = checkpoint_path(tmp_path, 0)
     torch.save(TargetCNN().state_dict(), path)
     path.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"is damaged, .*: make it again with train_target_model\.py"):
         load_checkpoint(path)
-    path.write_text("not a checkpoint")
-    with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(path)
+    for text in ("not a checkpoint", "column,other\n1,2\n", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            load_checkpoint(path)
     wrong_shape = TargetCNN().state_dict() | {"fc2.bias": torch.zeros(11)}
     for foreign in (nn.Linear(2, 2).state_dict(), wrong_shape, [1, 2], torch.zeros(3)):
         torch.save(foreign, path)
         with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
             load_checkpoint(path)
+
+
+def test_prefixes_that_wrappers_add_to_all_keys_are_taken_off(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    wrapped = [nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))]
+    states = [wrapper.state_dict() for wrapper in wrapped]
+    assert "module._orig_mod.conv1.weight" in states[-1]
+    for prefix in ("_module.", "_orig_mod.module.", "model."):
+        states.append({prefix + name: tensor for name, tensor in model.state_dict().items()})
+    for state in states:
+        torch.save(state, path)
+        assert torch.equal(load_checkpoint(path), flatten_weights(model))
+
+
+def test_a_prefix_of_some_keys_or_of_no_wrapper_stays(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    state = TargetCNN().state_dict()
+    some = {name if "bias" in name else f"module.{name}": tensor for name, tensor in state.items()}
+    more = {f"module.{name}": tensor for name, tensor in state.items()} | {"module.fc3.bias": torch.zeros(10)}
+    fewer = {f"module.{name}": tensor for name, tensor in state.items() if name != "fc2.bias"}
+    without_dot = {f"my{name}": tensor for name, tensor in state.items()}
+    for foreign in (some, more, fewer, without_dot):
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "place", [["state_dict"], ["model_state_dict"], ["model"], ["net", 0], ["a", "b", "c"]], ids=str
+)
+def test_the_one_state_dict_among_other_things_is_taken(tmp_path, place):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    adam = torch.optim.Adam(model.parameters())
+    model(torch.zeros(1, 1, 28, 28)).sum().backward()
+    adam.step()
+    other = nn.Linear(2, 2).state_dict()
+    for state in (model.state_dict(), torch.compile(model).state_dict()):
+        content = state
+        for key in reversed(place):
+            content = {"epoch": 3, "optimizer": adam.state_dict(), "critic": other, "loss": [0.1], key: content}
+        torch.save(content, path)
+        assert torch.equal(load_checkpoint(path), flatten_weights(model))
+
+
+def test_two_state_dicts_in_one_file_are_both_named(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    content = {"model": TargetCNN().state_dict(), "averaged": {"ema": nn.DataParallel(TargetCNN()).state_dict()}}
+    torch.save(content, path)
+    with pytest.raises(
+        UserError, match=r"_0\.pth: holds more than one state_dict of TargetCNN, model and averaged\.ema: "
+    ):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("spoil", [torch.Tensor.bool, torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_what_cannot_be_weights_is_refused(tmp_path, spoil):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    spoilt = {name: spoil(tensor) for name, tensor in model.state_dict().items()}
+    torch.save(spoilt, path)
+    with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+        load_checkpoint(path)
+    torch.save({"mask": spoilt, "model": model.half().state_dict()}, path)
+    assert torch.equal(load_checkpoint(path), flatten_weights(model).float())
+
+
+def test_a_dictionary_within_itself_is_refused(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    content = {"epoch": 3}
+    content["self"] = content
+    torch.save(content, path)
+    with pytest.raises(UserError, match="not a state_dict of TargetCNN"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -202,9 +354,56 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
     def fail_half_way(temporary):
         temporary.write_text("sec")
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
-    with pytest.raises(UserError, match=r"kept\.txt: cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"kept\.txt: cannot be written \(Input/output error\): free some space or"):
         save_file(path, fail_half_way)
     assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class FullDisk(io.BytesIO):
+    """A disk with room for 10,000 bytes."""
+
+    def write(self, data) -> int:
+        if self.tell() + len(data) > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_called_full(tmp_path):
+    for write in (
+        lambda _: torch.save(torch.zeros(100_000), FullDisk()),  # which ends in a RuntimeError of torch's own
+        lambda _: FullDisk().write(bytes(100_000)),
+    ):
+        with pytest.raises(UserError, match=r"w\.pth: cannot be written \(the disk is full\): free some space"):
+            save_file(tmp_path / "w.pth", write)
+
+
+def test_what_a_killed_script_left_is_cleared_away(tmp_path):
+    path = tmp_path / "w.txt"
+    others = [tmp_path / name for name in (".w.txt", ".w.original.txt", "w.partial-other.txt")]  # a person's own
+    for other in others:
+        other.write_text("kept")
+    script = """
+import pathlib, scripting, sys, time
+
+def write(temporary):
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(30)
+
+scripting.save_file(pathlib.Path(sys.argv[1]), write)
+"""
+    with subprocess.Popen([sys.executable, "-c", script, path], cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"writing\n"
+        (temporary,) = set(tmp_path.iterdir()) - set(others)
+        save_file(path, lambda temporary: temporary.write_text("whole"))
+        assert temporary.read_text() == "half"  # its process is alive
+        process.kill()
+    assert temporary.exists()
+    save_file(tmp_path / "w.json", lambda temporary: temporary.write_text("another file"))
+    assert temporary.exists()
+    save_file(path, lambda temporary: temporary.write_text("whole again"))
+    assert set(tmp_path.iterdir()) == {path, tmp_path / "w.json", *others}
+    assert path.read_text() == "whole again"

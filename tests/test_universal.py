@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, run
 from torch import nn
 
+import evaluate_diffusion
 from diffusion_model import rollout
 from scripting import UserError
-from target_cnn import TargetCNN, flatten_weights, load_mnist, random_init, score
+from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, random_init, score
 from universal import GraphWeightSynthesizer, load_synthesizer, responses, synthesize, train
 from universal.architectures import Concatenation, Gate, ResidualBlock, Sum, draw_architecture, parameter_shapes
 from universal.conditioning import cosines_of
@@ -135,8 +136,8 @@ NETWORKS = {
         [([*layer("patches"), "places.T",
            *(name for part in ("self_attn.out_proj", "linear2", "norm1", "norm2") for block in (0, 1)
              for name in layer(f"blocks.layers.{block}.{part}"))],
-          [f"blocks.layers.{block}.{part}" for part in ("self_attn.in_proj_weight", "linear1.weight") for block in (0, 1)]
-          + ["out.weight"]),
+          ["out.weight", *(f"blocks.layers.{block}.{part}" for part in ("self_attn.in_proj_weight", "linear1.weight")
+                           for block in (0, 1))]),
          (layer("blocks.layers.0.linear1"), ["blocks.layers.0.linear2.weight"])],
     ),
 }  # fmt: skip
@@ -565,8 +566,18 @@ def eleven():
 def number():
     return 3
 
-def norm():
-    return nn.Sequential(nn.BatchNorm2d(1), Net())
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(28, 10)
+    def forward(self, x):
+        return self.lstm(x[:, 0])[1][0][0]
+
+def failing():
+    return 1 / 0
+
+def recurrent():
+    return Recurrent()
 """
 
 
@@ -576,6 +587,7 @@ def own_file(tmp_path, monkeypatch) -> Path:
     (tmp_path / "helper.py").write_text("WIDTH = 24\n")
     path = tmp_path / "my_net.py"
     path.write_text(NET)
+    (tmp_path / "broken.py").write_text("\nx = undefined\n")
     monkeypatch.setattr(sys, "path", list(sys.path))
     return path
 
@@ -606,13 +618,28 @@ def test_synthesize_writes_weights_that_load(own_file):
         ("{file}:Nothing", "has no callable Nothing"),
         ("{file}:number", "gives a int, not a torch.nn.Module"),
         ("{file}:eleven", "has 11 classes"),
-        ("{file}:norm", "BatchNorm2d"),
-        ("target_cnn:load_weights", "cannot be built without arguments"),
+        ("{file}:recurrent", "lstm is not supported (my_net.py, line 20: return self.lstm"),
+        ("{file}:failing", "cannot be built (ZeroDivisionError: division by zero (my_net.py, line 23: return 1 / 0))"),
+        ("{file}:Net(11)", "has 11 classes"),
+        ("{file}:Net(classes=[])", "cannot be built (TypeError: "),
+        ("{file}:Net(__import__('os').getcwd())", "are not literals"),
+        ("{file}:Net(*[10])", "are not literals"),
+        (
+            "{broken}:Net",
+            "broken.py cannot be imported (NameError: name 'undefined' is not defined (broken.py, line 2: x =",
+        ),
+        ("target_cnn:load_weights", "cannot be built (TypeError: "),
     ],
 )
 def test_a_wrong_model_gets_one_line_and_nothing_is_written(own_file, refusal, model, reason):
     out = own_file.parent / "w.pth"
-    line = refusal(synthesize.main, "--model", model.replace("{file}", str(own_file)), "--out", out)
+    line = refusal(
+        synthesize.main,
+        "--model",
+        model.replace("{file}", str(own_file)).replace("{broken}", str(own_file.parent / "broken.py")),
+        "--out",
+        out,
+    )
     assert reason in line
     assert not out.exists()
 
@@ -649,3 +676,102 @@ def test_a_wide_and_a_deep_network_are_built_as_named():
     assert len(ComputationGraph(cnn([16, 32, 32, 32, 32], 64)).layers) == 7
     residual = ComputationGraph(EVALUATED["residual network of 6 convolutions"]())
     assert sum(layer.is_convolution for layer in residual.layers) == 6
+
+
+def test_evaluate_diffusion_takes_the_synthesiser(tmp_path, monkeypatch, capsys, digits):
+    for epoch in (0, 1):
+        torch.save(TargetCNN().state_dict(), checkpoint_path(tmp_path, epoch))
+    options = ["--model", SYNTHESIZER, "--checkpoints", tmp_path, "--plot", tmp_path / "plot.png"]
+    options += ["--steps", 1, "--device", "cpu"]
+    monkeypatch.setattr(evaluate_diffusion, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(sys, "argv", ["evaluate_diffusion.py", *map(str, options)])
+    evaluate_diffusion.main()
+    assert float(re.search(r"\| 1 +\| ([\d.]+)% +\| [\d.]+% +\|", capsys.readouterr().out)[1]) > 97
+    assert (tmp_path / "plot.png").exists()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, torch.compile, lambda network: nn.DataParallel(torch.compile(nn.DataParallel(network)))],
+    ids=["DataParallel", "compile", "nested"],
+)
+def test_a_wrapped_network_is_written_in_place(synthesizer, wrap):
+    network = cnn([8, 8], 16)
+    wrapper = wrap(network)
+    parameters = list(network.parameters())
+    assert synthesizer.synthesize(wrapper, seed=3) is wrapper
+    assert all(one is other for one, other in zip(wrapper.parameters(), parameters, strict=True))
+    expected = synthesizer.synthesize(cnn([8, 8], 16), seed=3)
+    assert torch.equal(flatten_weights(network), flatten_weights(expected))
+
+
+def test_a_network_s_own_module_is_no_wrapper():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = mlp([20])
+
+        def forward(self, images):
+            return self.module(images.relu())
+
+    images = torch.randn(2, 1, 28, 28)
+    network = Own()
+    torch.testing.assert_close(ComputationGraph(network).run(images, {}), network(images))
+
+
+OTHER_NETS = """
+import torch
+from torch import nn
+
+def net(classes=10):
+    return nn.Sequential(nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(1152, classes))
+
+def one(): return net(1)
+def two(): return net(2)
+def seven(): return net(7)
+def double(): return net().double()
+def half(): return net().half()
+def brain(): return net().bfloat16()
+def mixed(): return net().append(nn.Linear(10, 10).double())
+def compiled(): return torch.compile(net())
+def parallel(): return nn.DataParallel(torch.compile(net(4).half()))
+"""
+
+
+@pytest.mark.parametrize("name", ["one", "two", "seven", "double", "half", "brain", "compiled", "parallel"])
+def test_networks_of_every_kind_are_written_scored_and_saved(tmp_path, monkeypatch, capsys, digits, name):
+    path, out = tmp_path / "other_nets.py", tmp_path / "w.pth"
+    path.write_text(OTHER_NETS)
+    monkeypatch.setattr(synthesize, "scoring_data", lambda *_: digits[:1000])
+    options = ["--model", f"{path}:{name}", "--out", out, "--evaluate", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["synthesize.py", *map(str, options)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    synthesize.main()
+    printed = float(re.search(r"Accuracy = (\d+\.\d+)%", capsys.readouterr().out)[1])
+    assert printed > 85
+
+    network = getattr(sys.modules["other_nets"], name)()
+    network.load_state_dict(torch.load(out, weights_only=True))  # as it is
+    inner = network.module._orig_mod if name == "parallel" else network._orig_mod if name == "compiled" else network
+    few = digits[:1000]
+    few = few[few.labels < len(inner[-1].bias)]
+    with torch.inference_mode():
+        logits = inner(few.images.to(inner[-1].bias.dtype))
+    right = (logits.argmax(1) == few.labels).double().mean().item()
+    assert printed == pytest.approx(100 * right, abs=0.2 if name in ("half", "brain", "parallel") else 0.006)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("two", "none of the --validation images is of its 2 classes: hold out more"),
+        ("mixed", "cannot be scored on torch.float32 images (RuntimeError: "),
+    ],
+)
+def test_what_cannot_be_scored_gets_one_line_and_is_not_saved(tmp_path, monkeypatch, refusal, digits, name, reason):
+    (tmp_path / "other_nets.py").write_text(OTHER_NETS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(synthesize, "scoring_data", lambda *_: digits[digits.labels > 1])
+    options = ["--model", f"{tmp_path}/other_nets.py:{name}", "--out", tmp_path / "w.pth", "--evaluate"]
+    assert reason in refusal(synthesize.main, *options)
+    assert not (tmp_path / "w.pth").exists()

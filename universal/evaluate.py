@@ -58,7 +58,7 @@ BATCH_SIZE, FIRST_STEPS = 128, 100  # of Adam
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Evaluate the universal synthesiser on networks that it was never trained on.", seed=1000)
-    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the trained synthesiser")
+    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the trained synthesiser")
     parser.add_argument("--inits", type=number(int, 2, 1000), default=5, help="unseen inits, from seeds SEED on")
     parser.add_argument("--steps", type=number(int, 1, 100), default=6, help="generative steps in a row")
     parser.add_argument(

@@ -17,7 +17,7 @@ def load_generator(path: Path, dimension: int, device: torch.device) -> nn.Modul
 
     Raises UserError as `load_diffusion` and `load_synthesizer` do.
     """
-    if is_synthesizer(load_file(path, mmap=True)):
+    if is_synthesizer(load_file(path, maker="train_diffusion.py", mmap=True)):
         return FlatSynthesizer(load_synthesizer(path, device), TargetCNN())
     return load_diffusion(path, dimension, device)
 

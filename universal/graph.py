@@ -25,6 +25,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from scripting import in_short
+
 IMAGE_SIDE = 28  # pixels
 IMAGE_CHANNELS = (1, 3)
 # What a network may take: the shapes of a batch of N images, in the order in which they are tried.
@@ -671,7 +673,7 @@ class ComputationGraph:
             except Refused:
                 raise
             except Exception as error:  # the module's own code may raise anything
-                failures.append((len(self._calls), f"of {name} it says {one_line(error)}{place_of(error)}"))
+                failures.append((len(self._calls), f"of {name} it says {in_short(error)}{place_of(error)}"))
         _, furthest = max(failures, key=lambda failure: failure[0])
         raise ValueError(
             f"{type(self.module).__name__} takes no images of the shapes {', '.join(IMAGE_FORMATS)}; {furthest}"
@@ -990,11 +992,6 @@ def still(module: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def one_line(error: Exception) -> str:
-    """The kind of an error and the first line of its text."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-
-
 def place_of(error: Exception | None = None) -> str:
     """The innermost line of the user's own code that an error came through, or that runs now; "" if there is none."""
     frames = traceback.walk_tb(error.__traceback__) if error else traceback.walk_stack(sys._getframe())
@@ -1009,4 +1006,4 @@ def place_of(error: Exception | None = None) -> str:
     return f" ({Path(file).name}, line {line}: {linecache.getline(file, line).strip()})"
 
 
-LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(contextlib.__file__).parent))
+LIBRARIES = (str(Path(torch.__file__).parent.parent), str(Path(__file__).parent), str(Path(contextlib.__file__).parent))

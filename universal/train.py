@@ -62,10 +62,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images of the first steps")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
-    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
-    parser.add_argument("--report-every", type=number(int, 1, 10**8), default=250, help="steps between saved states")
     parser.add_argument(
-        "--checkpoint", type=output_file(".pth"), default=Path("universal_training.pth"), help="state to go on from"
+        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: fp32 on a CPU, else the faster"
+    )
+    parser.add_argument(
+        "--report-every", type=number(int, 1, 10**8), default=250, help="steps between progress lines and saved states"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=output_file(".pth"),
+        default=Path("universal_training.pth"),
+        help="state to go on from, deleted at the end",
     )
     parser.add_argument("--start-from", type=Path, help="a synthesiser to train on from, not from nothing")
     parser.add_argument("--out", type=output_file(".pth"), default=SYNTHESIZER, help="file to write")
