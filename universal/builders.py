@@ -67,7 +67,7 @@ def literal_arguments(arguments: str, text: str) -> tuple[list, dict]:
         return [ast.literal_eval(value) for value in call.args], named
     except (SyntaxError, ValueError, TypeError) as error:
         raise UserError(
-            f"--model {text}: {arguments} are not literals: give numbers, strings, lists and the like, as in (10, bias=False)"
+            f"--model {text}: {arguments} are not literals: give numbers, strings and lists, as in (10, bias=False)"
         ) from error
 
 

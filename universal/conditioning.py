@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.graph import ACTIVATION_POINTS, ComputationGraph, Layer
+from universal.calls import ACTIVATION_POINTS, Layer
+from universal.graph import ComputationGraph
 
 FREQUENCIES = 7  # cosines along each side of a kernel or a map
 

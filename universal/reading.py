@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from universal.calls import Layer
 from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions, mlp
-from universal.graph import Layer
 
 
 class Reader(nn.Module):

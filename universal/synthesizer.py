@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripting import UserError, load_file, save_tensors
+from universal.calls import Layer, Norm, Shift
 from universal.conditioning import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, cosines_at, describe, mlp
-from universal.graph import IMAGE_CHANNELS, ComputationGraph, Layer, Neurons, Norm, Shift
+from universal.following import Neurons
+from universal.graph import IMAGE_CHANNELS, ComputationGraph
 from universal.reading import Reader
 from universal.responses import unit_rms
 from universal.task import Task

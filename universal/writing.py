@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from universal.calls import Layer
 from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions
-from universal.graph import Layer
 from universal.responses import decorrelate, ridge_regression, unit_responses, unit_rms
 from universal.task import Task
 

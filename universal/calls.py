@@ -1,0 +1,323 @@
+"""The calls of torch functions that take weights: layers, norms and parameters that are added.
+
+One more kind of call is one more entry in `KINDS`. `Calls` is the mode under which a forward pass shows them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+ACTIVATION_POINTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # where the function after a layer is looked at
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Part:
+    """The elements of a parameter that a call takes: all of them, or those at `index`, which has the part's shape."""
+
+    name: str
+    index: Tensor | None = None
+
+    def of(self, weights: dict[str, Tensor]) -> Tensor:
+        """The part's values in `weights`, the parameters by name."""
+        whole = weights[self.name]
+        return whole if self.index is None else whole.flatten()[self.index.to(whole.device)]
+
+    def put(self, weights: dict[str, Tensor], values: Tensor, others: dict[str, Tensor]) -> None:
+        """Set the part's values in `weights`; other elements of the parameter, if not there yet, are as in `others`."""
+        if self.index is not None:
+            whole = weights.get(self.name, others[self.name])
+            index = self.index.to(whole.device).flatten()
+            values = whole.flatten().to(values).index_copy(0, index, values.flatten()).view(whole.shape)
+        weights[self.name] = values
+
+    def same(self, other: "Part") -> bool:
+        indices = (self.index, other.index)
+        return self.name == other.name and (
+            all(i is None for i in indices) or (all(i is not None for i in indices) and torch.equal(*indices))
+        )
+
+    def moved(self, whole: Tensor, elements: Tensor) -> "Part":
+        """The part that has these elements of this one, in their shape. `whole` is the parameter."""
+        index = torch.arange(whole.numel()) if self.index is None else self.index.flatten()
+        return Part(self.name, index[elements])
+
+
+@dataclass
+class Layer:
+    """A convolution or linear layer: a call whose weight a generator can write.
+
+    `shape` is that of the weight, [neurons, channels of a group, *kernel] or [neurons, features]. A convolution's
+    inputs are `channels`; a linear layer's are channels at `grid` positions, in the `order` of its features that brings
+    the positions of a channel together. A channel is known by the neurons whose sum it is: `channels`, [inputs, n],
+    are numbers of neurons, of which the mean over n counts. Where several channels come from the same neurons, `places`
+    tells where, [inputs, 2].
+    """
+
+    name: str
+    weight: Part
+    bias: Part | None
+    shape: tuple[int, ...]
+    options: dict  # stride, padding, dilation and groups of a convolution; empty for a linear layer
+    channels: Tensor
+    places: Tensor | None
+    grid: Tensor | None  # [positions, 2], within (0, 1), of a linear layer; None where the kernel has the positions
+    order: Tensor | None
+    depth: int  # how many layers the images have passed before this one, on the longest way
+    sources: frozenset[int]  # indices of the layers whose outputs reach it; -1 for the images
+    resolution: int  # side of the maps, or number of tokens, that it gives
+    side: int  # side of the maps that a convolution reads; 1 for a linear layer
+    index: int = 0
+    first_neuron: int = 0  # the number of its first neuron
+    last: bool = False  # whether its outputs are the classes
+    activation: tuple[float, ...] | None = None  # the values at ACTIVATION_POINTS of the function after it
+    normalised: bool = False  # whether a norm follows before the next layer
+    pooled: bool = False  # whether maps or tokens were reduced to one place before it
+    readers: list["Layer"] = field(default_factory=list, repr=False)  # the layers that its outputs reach
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for part in (self.weight, self.bias) if part is not None]
+
+    @property
+    def is_convolution(self) -> bool:
+        return self.grid is None
+
+    @property
+    def groups(self) -> int:
+        return self.options.get("groups", 1)
+
+    @property
+    def positions(self) -> int:
+        """How many positions of a channel a neuron reads: those of the kernel, or of the map that was flattened."""
+        return math.prod(self.shape[2:]) if self.is_convolution else len(self.grid)
+
+    def kernels(self, weights: dict[str, Tensor]) -> Tensor:
+        """The layer's weight in `weights` as [neurons, channels of a group, positions]."""
+        weight = self.weight.of(weights)
+        if self.is_convolution:
+            return weight.flatten(2)
+        return (weight if self.order is None else weight[:, self.order]).unflatten(1, (-1, self.positions))
+
+    def weight_of(self, kernels: Tensor) -> Tensor:
+        """The weight, of `shape`, whose `kernels` these are."""
+        if self.is_convolution:
+            return kernels.unflatten(2, self.shape[2:])
+        flat = kernels.flatten(1)
+        return flat if self.order is None else flat[:, torch.argsort(self.order)]
+
+    def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
+        """The layer's outputs for `inputs`, with the parameters in `weights`."""
+        return self(inputs, self.weight.of(weights), self.bias and self.bias.of(weights))
+
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's outputs for `inputs`, with these parameters."""
+        if not self.is_convolution:
+            return F.linear(inputs, weight, bias)
+        if self.shape[2:] == (1, 1) and self.groups == 1 and self.options["padding"] in (0, (0, 0), "same", "valid"):
+            # A linear layer over the channels. Not as a convolution: the backward pass of oneDNN's 1x1 convolutions
+            # hangs on processors with AVX2 only (PyTorch 2.15).
+            down, across = nn.modules.utils._pair(self.options["stride"])
+            return F.linear(inputs[:, :, ::down, ::across].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        return (F.conv1d if len(self.shape) == 3 else F.conv2d)(inputs, weight, bias, **self.options)
+
+
+@dataclass
+class Norm:
+    """A norm: a call that standardises activations, and what it then scales and shifts them by.
+
+    `channels`, [inputs], are the numbers of the neurons that it standardises; `axis` is where they lie.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    settings: dict  # its arguments that are no parameters
+    parameters: dict[str, Part]  # those of weight, bias, running_mean and running_var that it has
+    channels: Tensor
+    axis: int
+    of_last: bool = False  # whether it standardises the classes
+
+    places: tuple[int, ...] = ()  # shape of the places that it scales apart
+    by_inputs: str = ""  # the argument that says to take the statistics of the inputs
+
+    @property
+    def parts(self) -> list[Part]:
+        return list(self.parameters.values())
+
+    def of(self, weights: dict[str, Tensor], inputs: Tensor, batch_statistics: bool = False) -> Tensor:
+        """What comes out with the parameters in `weights`, or with the statistics of the inputs."""
+        parameters = {name: part.of(weights) for name, part in self.parameters.items()}
+        if batch_statistics and STATISTICS[0] in parameters:
+            parameters |= dict.fromkeys(STATISTICS) | {self.by_inputs: True}
+        return self(inputs, **parameters)
+
+    def __call__(self, inputs: Tensor, **parameters: Tensor) -> Tensor:
+        """What comes out with these parameters."""
+        if parameters.get("running_mean") is None:
+            return self.function(inputs, **(self.settings | parameters))
+        # PyTorch does not differentiate with respect to running statistics.
+        mean, variance, weight, bias = (parameters.get(name) for name in (*STATISTICS, "weight", "bias"))
+        scale = torch.rsqrt(variance + self.settings.get("eps", 1e-5))
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        shape = (-1, *[1] * (inputs.dim() - 2))
+        return inputs * scale.view(shape) + shift.view(shape)
+
+
+@dataclass
+class Shift:
+    """A parameter that is added to activations: a bias by hand, or what tells tokens their places.
+
+    `channels`, [inputs], are the numbers of the neurons, which lie on `axis`; `places`, [n, 2], are those of what it
+    adds to one neuron, None if that is one number. `shape` is that of the parameter.
+    """
+
+    name: str
+    part: Part
+    channels: Tensor
+    axis: int
+    places: Tensor | None
+    shape: tuple[int, ...]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.part]
+
+    def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
+        """What comes out with the parameter in `weights`."""
+        return inputs + self.part.of(weights)
+
+
+# ---- one entry a kind ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Kind:
+    """What is particular to a kind of call: the names of its arguments, and where its neurons or channels lie."""
+
+    arguments: tuple[str, ...]
+    axis: int
+    is_norm: bool = False
+    is_sum: bool = False
+    is_convolution: bool = False
+    transposed: bool = False  # whether the weight is [features, neurons]
+    by_inputs: str = ""  # of a norm with running statistics: the argument that says not to use them
+
+    def bind(self, args: tuple, kwargs: dict) -> dict:
+        return dict(zip(self.arguments, args, strict=False)) | kwargs
+
+
+CONVOLUTION = Kind(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), 1, is_convolution=True)
+LINEAR = Kind(("input", "weight", "bias"), -1)
+PRODUCT = Kind(("input", "weight"), -1, transposed=True)
+KINDS: dict[Callable, Kind] = {
+    torch.conv1d: CONVOLUTION,
+    torch.conv2d: CONVOLUTION,
+    F.linear: LINEAR,
+    torch.matmul: PRODUCT,
+    torch.mm: PRODUCT,
+    Tensor.matmul: PRODUCT,
+    Tensor.mm: PRODUCT,
+    Tensor.__matmul__: PRODUCT,
+    torch.addmm: Kind(("bias", "input", "weight"), -1, transposed=True),
+    F.batch_norm: Kind(
+        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+        1,
+        True,
+        by_inputs="training",
+    ),
+    F.instance_norm: Kind(
+        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+        1,
+        True,
+        by_inputs="use_input_stats",
+    ),
+    F.group_norm: Kind(("input", "num_groups", "weight", "bias", "eps"), 1, is_norm=True),
+    F.layer_norm: Kind(("input", "normalized_shape", "weight", "bias", "eps"), -1, is_norm=True),
+    F.rms_norm: Kind(("input", "normalized_shape", "weight", "eps"), -1, is_norm=True),
+}
+SUM = Kind(("input", "other"), -1, is_sum=True)
+KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), SUM)
+STATISTICS = ("running_mean", "running_var")
+DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+# Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
+CONTRACTIONS = {
+    torch.matmul, torch.bmm, torch.mm, torch.einsum, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__,
+    torch.baddbmm,
+}  # fmt: skip
+# Layers that cannot be written, by the names of their functions.
+REFUSED = {
+    "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "bilinear",
+}  # fmt: skip
+EMBEDDINGS = {F.embedding, F.embedding_bag}
+DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check, num_heads: int, in_proj_weight, in_proj_bias,
+    bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None,
+    need_weights=True, attn_mask=None, use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None,
+    v_proj_weight=None, static_k=None, static_v=None, average_attn_weights=True, is_causal=False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`F.multi_head_attention_forward` in its parts, each a call: [tokens, N, width] -> the same, and the shares."""
+    if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
+        raise ValueError("attention with additional keys and values is not supported")
+    if use_separate_proj_weight:
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        parts = [F.linear(*arguments) for arguments in zip((query, key, value), weights, biases, strict=True)]
+    elif query is key and key is value:
+        parts = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        weights = in_proj_weight.chunk(3)
+        parts = [F.linear(*arguments) for arguments in zip((query, key, value), weights, biases, strict=True)]
+    heads = [part.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for part in parts]  # [N, heads, tokens, size]
+    scores = heads[0] @ heads[1].transpose(-2, -1) * heads[0].shape[-1] ** -0.5
+    for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
+        if mask is not None:
+            scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    shares = scores.softmax(-1)
+    mixed = (shares @ heads[2]).permute(2, 0, 1, 3).flatten(2)
+    shown = shares.mean(1) if average_attn_weights else shares
+    return F.linear(mixed, out_proj_weight, out_proj_bias), shown if need_weights else None
+
+
+class Calls(TorchFunctionMode):
+    """A forward pass of which `call(kind, function, args, kwargs)` computes every call that may take weights."""
+
+    def __init__(self, call: Callable, follow: Callable = lambda *_: None):
+        super().__init__()
+        self.call, self.follow = call, follow
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.multi_head_attention_forward:
+            with self:
+                return attention(*args, **kwargs)
+        if function in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if function is Tensor.view and all(isinstance(size, int | tuple | list) for size in args[1:]):
+            function = Tensor.reshape  # activations may lie channels-last
+        if function in KINDS:
+            return self.call(KINDS[function], function, args, kwargs)
+        result = function(*args, **kwargs)
+        self.follow(function, args, kwargs, result)
+        return result
+
+
+def is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def name_of(function: Callable) -> str:
+    """A torch function's name, as people write it."""
+    return getattr(function, "__name__", str(function)).strip("_")
