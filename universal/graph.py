@@ -205,24 +205,15 @@ class Reading:
         parts = [follower.part(leaf) for leaf in leaves if follower.part(leaf) is not None]
         if parts and any(numbers) and not plain:
             raise Refused(f"{name_of(function)}, which takes {parts[0].name}, is not supported{place_of()}")
-        if len(leaves) == 1 and numbers[0] is not None and isinstance(result, Tensor):
-            self._note_activation(function, args, kwargs, numbers[0], result)
-
-    def _note_activation(self, function: Callable, args: tuple, kwargs: dict, numbers: Numbers, result: Tensor) -> None:
-        """If a function is of single elements, note its values with the layers that it follows."""
-        if result.shape != numbers.codes.shape:
-            return
-        points = torch.tensor(ACTIVATION_POINTS)
-        leaves, spec = tree_flatten((args, kwargs))
-        new_args, new_kwargs = tree_unflatten([points.clone() if isinstance(v, Tensor) else v for v in leaves], spec)
-        try:
-            values = function(*new_args, **new_kwargs)
-        except Exception:  # not a function of single elements
-            return
-        if isinstance(values, Tensor) and values.shape == points.shape and not torch.equal(values, points):
-            for source in numbers.sources - {-1}:
-                if self.layers[source].activation is None:
-                    self.layers[source].activation = tuple(values.tolist())
+        if (
+            len(leaves) == 1
+            and numbers[0] is not None
+            and isinstance(result, Tensor)
+            and result.shape == leaves[0].shape
+        ):
+            values = values_at_points(function, args, kwargs)
+            for source in numbers[0].sources - {-1} if values else ():
+                self.layers[source].activation = self.layers[source].activation or values
 
     def call(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
         """Read a call that may be a layer or a norm, and compute it."""
@@ -318,28 +309,18 @@ class Reading:
 
     def _read_shift(self, given: dict) -> Shift | None:
         """The parameter that a sum adds to activations of as many neurons, if it is such a one."""
-        follower = self.follower
         for summand, other in (("input", "other"), ("other", "input")):
-            numbers, part = follower.numbers(given[summand]), follower.part(given[other])
-            if numbers is None or part is None or given.keys() - {"input", "other"} or not is_float(given[other]):
+            numbers, part = self.follower.numbers(given[summand]), self.follower.part(given[other])
+            if numbers is None or part is None or given.keys() - {"input", "other"}:
                 continue
-            parameter = given[other]
-            shape = (1,) * (numbers.codes.dim() - parameter.dim()) + tuple(parameter.shape)
-            for axis in (-1, 1):
-                codes, y, x = (tensor[:1].movedim(axis, -1).flatten(0, -2) for tensor in numbers[:3])
-                neurons = codes.amax(0)
-                places = parameter.view(shape).movedim(axis, -1).flatten(0, -2)
-                if (
-                    len(shape) == numbers.codes.dim() and shape[0] == 1 and places.shape[1] == len(neurons)
-                    and len(places) in (1, len(codes)) and ((codes == neurons) | (codes == 0)).all()
-                ):  # fmt: skip
-                    where = torch.stack([y[:, 0], x[:, 0]], 1).float() if len(places) > 1 else None
-                    numbers_of = self.follower.neurons.numbers(neurons)
-                    shift = next((shift for shift in self.shifts if shift.part.same(part)), None)
-                    if shift is None:
-                        shift = Shift(part.name, part, numbers_of, axis, where, tuple(parameter.shape))
-                        self.shifts.append(shift)
-                    return shift
+            shift = next((shift for shift in self.shifts if shift.part.same(part)), None)
+            lies = where_it_lies(given[other], numbers) if shift is None else None
+            if lies is not None:
+                axis, codes, places = lies
+                neurons = self.follower.neurons.numbers(codes)
+                shift = Shift(part.name, part, neurons, axis, places, tuple(given[other].shape))
+                self.shifts.append(shift)
+            return shift
         return None
 
     def _read_norm(self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor) -> Norm:
@@ -390,6 +371,37 @@ class Reading:
             raise Refused(f"{name}: the output must be that of one layer, the classes, averaged and scaled at most")
         for norm in self.norms:
             norm.of_last = bool(torch.isin(norm.channels, found).any())
+
+
+def values_at_points(function: Callable, args: tuple, kwargs: dict) -> tuple[float, ...] | None:
+    """The values at ACTIVATION_POINTS of a function of one tensor; None unless it is one of single elements."""
+    points = torch.tensor(ACTIVATION_POINTS)
+    leaves, spec = tree_flatten((args, kwargs))
+    new_args, new_kwargs = tree_unflatten([points.clone() if isinstance(v, Tensor) else v for v in leaves], spec)
+    try:
+        values = function(*new_args, **new_kwargs)
+    except Exception:  # of a single row of points a function may think whatever it likes
+        return None
+    is_one = isinstance(values, Tensor) and values.shape == points.shape and not torch.equal(values, points)
+    return tuple(values.tolist()) if is_one else None
+
+
+def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Tensor | None] | None:
+    """How a parameter that is added to activations with these numbers fits them, if it does.
+
+    That is the axis of the neurons; their codes, [neurons]; and, if it adds something else at every place, the places.
+    """
+    shape = (1,) * (numbers.codes.dim() - parameter.dim()) + tuple(parameter.shape)
+    if len(shape) != numbers.codes.dim() or shape[0] != 1:
+        return None
+    for axis in (-1, 1):
+        codes, y, x = (tensor[:1].movedim(axis, -1).flatten(0, -2) for tensor in numbers[:3])
+        neurons = codes.amax(0)
+        added = parameter.view(shape).movedim(axis, -1).flatten(0, -2)
+        fits = added.shape[1] == len(neurons) and len(added) in (1, len(codes))
+        if fits and ((codes == neurons) | (codes == 0)).all():  # beside tokens of no neuron
+            return axis, neurons, torch.stack([y[:, 0], x[:, 0]], 1).float() if len(added) > 1 else None
+    return None
 
 
 def scales(values: tuple[float, ...] | None) -> bool:
