@@ -1,10 +1,15 @@
-"""How fast the experiment is against the obvious way of writing it, measured side by side in one run.
+"""How fast the experiment is against the obvious way of writing it, and what the synthesiser takes to write a network.
 
     python tests/benchmark.py
 
 Runs the three scripts in a temporary directory, then a plain implementation of each part, which this file carries:
 images decoded one by one, fp32, contiguous tensors, dense Adam on all 432,528,522 weights of the diffusion model. Takes
-about ten minutes and 12 GiB on two cores. Not collected by pytest.
+about ten minutes and 12 GiB on two cores.
+
+    python tests/benchmark.py --only writing
+
+writes networks of growing width and depth, beside what running the probes through them takes, in a minute. Not
+collected by pytest.
 """
 
 import argparse
@@ -15,11 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision import models
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -27,16 +35,31 @@ sys.path.insert(0, str(REPOSITORY))
 from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diffusion, rollout, train_in_span  # noqa: E402
 from scripting import OneLineParser, number, run_script, table  # noqa: E402
 from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, score_weights, scoring_data  # noqa: E402
+from universal import load_synthesizer  # noqa: E402
+from universal.graph import ComputationGraph  # noqa: E402
+from universal.networks import cnn, mlp  # noqa: E402
 
 
 def parse_options() -> argparse.Namespace:
     parser = OneLineParser("Measure the experiment against the obvious way of writing it, side by side.")
     parser.add_argument("--dense-steps", type=number(int, 2, 1000), default=60, help="most steps of dense training")
+    parser.add_argument(
+        "--only", choices=["experiment", "writing", "both"], default="both", help="which of the two to measure"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
+    if options.only != "writing":
+        measure_experiment(options)
+    if options.only != "experiment":
+        print(f"\n{machine()}\n")
+        print(table(["network", "weights", "reading it", "writing it", "the probes' forward pass"], writing_costs()))
+
+
+def measure_experiment(options: argparse.Namespace) -> None:
+    """Measure the three scripts, and each part of them against the obvious way."""
     rows = []
 
     with tempfile.TemporaryDirectory() as directory:
@@ -194,6 +217,47 @@ def many_pairs(run: torch.Tensor) -> tuple[float, float]:
             _, _, usage = os.wait4(process.pid, 0)
             output.seek(0)
             return float(output.read().split("seconds ")[1]), usage.ru_maxrss / 2**20
+
+
+@torch.inference_mode()
+def writing_costs() -> list[list[str]]:
+    """Milliseconds to read and to write networks, and to run the probes through them, the median of three each."""
+    networks = {f"784-{width}-10": partial(mlp, [width]) for width in (512, 1024, 2048, 4096, 8192)}
+    networks |= {f"{depth} convolutions of 16": partial(deep_cnn, depth) for depth in (4, 8, 16, 32)}
+    networks |= {"TargetCNN": TargetCNN, "ResNet-18": partial(models.resnet18, num_classes=10)}
+    synthesizer = load_synthesizer()
+    rows = []
+    for name, build in networks.items():
+        network = build()
+        graph = ComputationGraph(network)
+        weights = graph.weights()
+        probes = synthesizer.task.probes[: synthesizer.settings["convolution_probes"] if graph.convolutional else None]
+        seconds = [
+            median_seconds(run)
+            for run in (
+                partial(ComputationGraph, network),
+                partial(synthesizer, graph, weights),
+                partial(graph.run, probes, weights),
+            )
+        ]
+        count = sum(parameter.numel() for parameter in network.parameters())
+        rows.append([name, f"{count:,}", *(f"{1000 * each:.0f} ms" for each in seconds)])
+    return rows
+
+
+def deep_cnn(depth: int) -> nn.Module:
+    """So many 3x3 convolutions, pooled after the first two."""
+    return cnn([16] * depth, 32)
+
+
+def median_seconds(run: Callable[[], object], repetitions: int = 3) -> float:
+    """The median seconds of some runs, after one that is not counted."""
+    seconds = []
+    for _ in range(1 + repetitions):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[1:])[repetitions // 2]
 
 
 def machine() -> str:

@@ -18,7 +18,7 @@ from diffusion_model import rollout
 from scripting import UserError
 from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, random_init, score
 from universal import GraphWeightSynthesizer, load_synthesizer, responses, synthesize, train
-from universal.architectures import Concatenation, Gate, ResidualBlock, Sum, draw_architecture, parameter_shapes
+from universal.architectures import Concatenation, Gate, ResidualBlock, Sum, Tokens, draw_architecture, parameter_shapes
 from universal.conditioning import cosines_of
 from universal.flat import load_generator
 from universal.graph import ComputationGraph
@@ -348,6 +348,54 @@ def test_without_a_seed_the_module_s_own_weights_are_the_init(synthesizer):
     again.load_state_dict(network.state_dict())
     one, other = synthesizer.synthesize(network), synthesizer.synthesize(again)
     assert torch.equal(flatten_weights(one), flatten_weights(other))
+
+
+def test_every_parameter_is_written_or_left_and_named(synthesizer):
+    torch.manual_seed(0)
+    network = Tokens(7, 8, [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)], 10, True, True, norm=False)
+    network.dead = nn.BatchNorm1d(3)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    accounts = synthesizer.write(network)
+    assert sorted(accounts.written + accounts.left) == sorted(before)
+    assert accounts.left == ["first", *(f"dead.{name}" for name in network.dead.state_dict())]
+    after = network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in accounts.left)
+    assert not any(torch.equal(after[name], before[name]) for name in accounts.written)
+
+
+def test_norms_give_in_evaluation_what_they_give_in_training(synthesizer, digits):
+    build = EVALUATED["BatchNorm, 4 convolutions"]
+    network = synthesizer.synthesize(build(), seed=0)
+    fresh = build()
+    fresh.load_state_dict(network.state_dict())
+    few = digits[:500]
+    at_once, one_by_one = (score(fresh, few, batch_size=size) for size in (500, 1))
+    assert torch.equal(at_once.wrong, one_by_one.wrong)
+    assert at_once.accuracy_percent > 97.5
+    with torch.inference_mode():
+        trained = [network.train()(images).argmax(1) for images in few.images.split(250)]  # by the images' statistics
+    assert (torch.cat(trained) == few.labels).float().mean() > 0.975
+
+
+def test_a_layer_that_is_used_again_is_written_once(synthesizer):
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.again, self.out = nn.Linear(784, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.out(self.again(self.again(self.first(x.flatten(1))).relu()).relu())
+
+    network = Again()
+    graph, seen = ComputationGraph(network), []
+    probes = synthesizer.task.probes[:50]
+    with torch.no_grad():
+        graph.write(
+            probes, graph.weights(), lambda call, inputs: (seen.append(call.name), call.of(graph.weights(), inputs))[1]
+        )
+    assert seen == ["first", "again", "out"]
+    synthesizer.synthesize(network, seed=0)
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
 def test_nan_and_too_many_classes_are_refused(synthesizer):
