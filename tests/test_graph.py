@@ -138,6 +138,21 @@ class Fork(nn.Module):
         return {"logits": self.out(torch.cat([pooled, torch.sigmoid(self.direct(x.flatten(1)))], 1))}
 
 
+class Spatial(nn.Module):
+    """A network that says where it looks (Jaderberg et al. 2015): that is no activation to be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.where = nn.Sequential(nn.Conv2d(1, 4, 7, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 6))
+        nn.init.zeros_(self.where[3].weight)
+        self.where[3].bias.data = torch.tensor([1.0, 0, 0, 0, 1, 0])
+        self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 10)
+
+    def forward(self, x):
+        grid = F.affine_grid(self.where(x).view(-1, 2, 3), x.size(), align_corners=False)
+        return self.out(self.conv(F.grid_sample(x, grid, align_corners=False)).relu().mean((2, 3)))
+
+
 # Networks, the number of layers and norms that they have, and what is left at its init.
 READ = {
     "ordinary Python": (OrdinaryPython, 4, 0, []),
@@ -167,6 +182,9 @@ READ = {
     ),
     "activation with parameters": (lambda: flat(nn.Conv2d(1, 4, 3), nn.PReLU(4), features=4 * 676), 2, 0, ["1.weight"]),
     "dead layer": (lambda: dead(), 2, 0, ["dead.weight", "dead.bias"]),
+    "spatial transformer": (
+        Spatial, 2, 0, ["where.0.weight", "where.0.bias", "where.3.weight", "where.3.bias"]
+    ),
     "classes from a convolution": (lambda: nn.Sequential(nn.Conv2d(1, 10, 3), *CLASSES), 1, 0, []),
 }  # fmt: skip
 
@@ -252,7 +270,7 @@ def test_additions_concatenations_and_products_are_followed():
     block = Sum(nn.Conv2d(4, 4, 3, padding=1))
     graph = ComputationGraph(nn.Sequential(nn.Conv2d(1, 4, 3), block, nn.Conv2d(4, 10, 3), *CLASSES))
     assert graph.last.sources == {0, 1}
-    pairs = graph.neurons.blocks[-2][1]  # before the block of the last layer
+    pairs = graph.neurons.blocks[-2][2]  # before the block of the last layer
     assert pairs.tolist() == [[graph.layers[0].first_neuron + i, graph.layers[1].first_neuron + i] for i in range(4)]
     gated = ComputationGraph(nn.Sequential(nn.Conv2d(1, 4, 3), Gate(4, 2), nn.Conv2d(4, 10, 3), *CLASSES))
     assert gated.last.sources == {0, 2}

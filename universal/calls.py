@@ -142,10 +142,10 @@ class Norm:
     parameters: dict[str, Part]  # those of weight, bias, running_mean and running_var that it has
     channels: Tensor
     axis: int
+    places: tuple[int, ...]  # shape of the places that it scales apart
+    by_inputs: str  # the argument that says to take the statistics of the inputs
+    sources: frozenset[int]  # as a layer's
     of_last: bool = False  # whether it standardises the classes
-
-    places: tuple[int, ...] = ()  # shape of the places that it scales apart
-    by_inputs: str = ""  # the argument that says to take the statistics of the inputs
 
     @property
     def parts(self) -> list[Part]:
@@ -257,6 +257,7 @@ REFUSED = {
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "bilinear",
 }  # fmt: skip
+GEOMETRY = {F.affine_grid}  # what becomes of activations there are places, not activations
 EMBEDDINGS = {F.embedding, F.embedding_bag}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 

@@ -38,13 +38,13 @@ class Neurons:
     """
 
     def __init__(self):
-        self.blocks: list[tuple[int | None, Tensor | None]] = []  # (the layer's index, or the pairs of neurons summed)
+        self.blocks: list[tuple[int, int | None, Tensor | None]] = []  # (count, the layer's index, or the pairs summed)
         self.codes = torch.zeros(1, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(0)
 
     def add(self, count: int, layer: int | None = None, pairs: Tensor | None = None) -> Tensor:
         """The codes of `count` new neurons, [count]: of a layer, or sums of `pairs`, [count, 2], of earlier ones."""
-        self.blocks.append((layer, pairs))
+        self.blocks.append((count, layer, pairs))
         new = 1 + torch.rand(count, dtype=torch.float64, generator=self._generator)
         self.codes = torch.cat([self.codes, new])
         self._sorted, self._order = self.codes.sort()

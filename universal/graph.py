@@ -25,6 +25,7 @@ from universal.calls import (
     ACTIVATION_POINTS,
     DEFAULTS,
     EMBEDDINGS,
+    GEOMETRY,
     REFUSED,
     STATISTICS,
     Calls,
@@ -185,10 +186,7 @@ class Reading:
     def start(self, images: Tensor, channels: int, parameters: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
         """Follow `images` of so many channels through a pass with these `parameters`, copies of the `originals`."""
         self.follower = Follower(parameters, originals)
-        codes = self.follower.neurons.add(channels)[:, None, None].expand(channels, IMAGE_SIDE, IMAGE_SIDE)
-        y, x = torch.meshgrid(2 * [middles(IMAGE_SIDE)], indexing="ij")
-        codes, y, x = (tensor.expand(2, channels, -1, -1).reshape(images.shape) for tensor in (codes, y, x))
-        self.follower.number(images, Numbers(codes, y, x, 0, frozenset([-1])))
+        self.follower.number(images, image_numbers(images, self.follower.neurons.add(channels)))
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
         """Follow a call without weights; refuse one that takes weights that are not its to be written."""
@@ -198,6 +196,8 @@ class Reading:
             return
         if name_of(function) in REFUSED and any(follower.numbers(leaf) for leaf in leaves):
             raise Refused(f"{name_of(function)} is not supported{place_of()}")
+        if function in GEOMETRY:
+            return
         if function in EMBEDDINGS and any(follower.is_of_values(leaf) for leaf in leaves):
             raise Refused(f"{name_of(function)} of values is not supported{place_of()}")
         numbers = [follower.numbers(leaf) for leaf in leaves]
@@ -337,16 +337,8 @@ class Reading:
         if norm is None:
             name = next(iter(parts.values())).name.rpartition(".")[0] if parts else name_of(function)
             places = tuple(given["normalized_shape"][1:]) if kind.axis == -1 else ()
-            norm = Norm(
-                name,
-                function,
-                settings,
-                parts,
-                self.follower.neurons.numbers(codes),
-                axis,
-                places=places,
-                by_inputs=kind.by_inputs,
-            )
+            neurons = self.follower.neurons.numbers(codes)
+            norm = Norm(name, function, settings, parts, neurons, axis, places, kind.by_inputs, numbers.sources)
             self.norms.append(norm)
         for source in numbers.sources - {-1}:
             self.layers[source].normalised = True
@@ -371,6 +363,32 @@ class Reading:
             raise Refused(f"{name}: the output must be that of one layer, the classes, averaged and scaled at most")
         for norm in self.norms:
             norm.of_last = bool(torch.isin(norm.channels, found).any())
+        # Layers on side ways, such as those that say where an image is looked at, are left as they are.
+        reached = reaching(self.last, self.layers)
+        for layer in self.layers:
+            layer.readers = [reader for reader in layer.readers if reader.index in reached]
+        self.layers = [layer for layer in self.layers if layer.index in reached]
+        self.norms = [norm for norm in self.norms if norm.sources & reached]
+        kept = {id(call) for call in (*self.layers, *self.norms, *self.shifts)}
+        self.calls = [(function, found if id(found) in kept else None) for function, found in self.calls]
+
+
+def image_numbers(images: Tensor, codes: Tensor) -> Numbers:
+    """The numbers of two images, in whatever format, whose channels have these `codes`."""
+    shape = (2, len(codes), IMAGE_SIDE, IMAGE_SIDE)
+    y, x = torch.meshgrid(2 * [middles(IMAGE_SIDE)], indexing="ij")
+    codes, y, x = (tensor.expand(shape).reshape(images.shape) for tensor in (codes[:, None, None], y, x))
+    return Numbers(codes, y, x, 0, frozenset([-1]))
+
+
+def reaching(last: Layer, layers: list[Layer]) -> set[int]:
+    """The indices of the layers whose outputs reach the layer `last`, itself among them, and -1 for the images."""
+    reached, ahead = {-1}, {last.index}
+    while ahead:
+        index = ahead.pop()
+        reached.add(index)
+        ahead |= layers[index].sources - reached
+    return reached
 
 
 def values_at_points(function: Callable, args: tuple, kwargs: dict) -> tuple[float, ...] | None:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from scripting import UserError, load_file, save_tensors
 from universal.calls import Layer, Norm, Shift
 from universal.conditioning import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, cosines_at, describe, mlp
-from universal.following import Neurons
 from universal.graph import IMAGE_CHANNELS, ComputationGraph
 from universal.reading import Reader
 from universal.responses import unit_rms
@@ -44,15 +43,17 @@ class Table:
     theirs.
     """
 
-    def __init__(self, neurons: Neurons, images: Tensor):
+    def __init__(self, graph: ComputationGraph, images: Tensor):
         self.rows = torch.cat([torch.zeros_like(images[:1]), images])
-        self.waiting = neurons.blocks[:0:-1]
+        self.waiting = graph.neurons.blocks[:0:-1]
+        self.written = {layer.index for layer in graph.layers}
 
     def of(self, numbers: Tensor) -> Tensor:
         """The rows of the neurons with these numbers."""
-        while self.waiting and self.waiting[-1][1] is not None:
-            _, pairs = self.waiting.pop()
-            self.rows = torch.cat([self.rows, self.rows[pairs].sum(1)])
+        while self.waiting and self.waiting[-1][1] not in self.written:
+            count, _, pairs = self.waiting.pop()
+            unknown = self.rows.new_zeros(count, *self.rows.shape[1:])  # of a layer that is left as it is
+            self.rows = torch.cat([self.rows, unknown if pairs is None else self.rows[pairs].sum(1)])
         return self.rows[numbers]
 
     def add(self, rows: Tensor) -> None:
@@ -113,8 +114,8 @@ class GraphWeightSynthesizer(nn.Module):
             )
         written: dict[str, Tensor] = {}
         images = self.image_keys[: graph.image_channels]
-        keys = Table(graph.neurons, images)
-        means = Table(graph.neurons, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
+        keys = Table(graph, images)
+        means = Table(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
         variant: Tensor | None = None
 
         def write_layer(layer: Layer, inputs: Tensor) -> Tensor:
