@@ -584,6 +584,18 @@ def test_a_broken_training_state_is_refused_and_kept(tmp_path):
     assert path.exists()
 
 
+def test_training_goes_on_from_an_earlier_synthesiser(tmp_path, monkeypatch, refusal):
+    path = tmp_path / "earlier.pth"
+    save_synthesizer(GraphWeightSynthesizer(probes=20), path)
+    options = [*TRAINING[2:], "--steps", 1, "--start-from", path, "--lr", 1e-9, *files(tmp_path, "later")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    train.main()
+    earlier, later = state(tmp_path, "earlier"), state(tmp_path, "later")
+    assert all(torch.allclose(tensor, later[name], atol=1e-6) for name, tensor in earlier.items())
+    missing = ("--start-from", tmp_path / "none.pth", *files(tmp_path, "other"))
+    assert "none.pth: no such file" in refusal(train.main, *TRAINING[2:-2], *missing)
+
+
 def test_two_processes_train_together(tmp_path):
     options = [*TRAINING, "--steps", 10, "--report-every", 10]
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

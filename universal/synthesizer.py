@@ -311,8 +311,6 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
     content = load_file(path, maker=MAKER)
     if not is_synthesizer(content):
         raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
-    if content.get("version") == 4:
-        return of_version_4(content).to(device).eval()
     if content.get("version") != VERSION:
         raise UserError(
             f"{path}: a synthesiser of version {content.get('version')}, but this code reads version {VERSION}: "
@@ -332,29 +330,3 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
 def is_synthesizer(content) -> bool:
     """Whether a loaded file is a synthesiser's, of whatever version."""
     return isinstance(content, dict) and content.get("model") == GraphWeightSynthesizer.__name__
-
-
-def of_version_4(content: dict) -> "GraphWeightSynthesizer":
-    """The synthesiser of a file of version 4, which knows nothing yet of what came with version 5."""
-    names = {
-        "probes": "task.probes", "labels": "task.labels", "concepts": "task.concepts", "classes": "task.classes",
-        "read_responses": "task.responses", "describe_layer": "describe", "read_functions": "reader.functions.mix",
-        "read_functions_always": "reader.functions.always", "write_functions": "writer.functions.mix",
-        "write_functions_always": "writer.functions.always", "concept_scale": "writer.concept_scale",
-        "scalars": "writer.scalars", "read_kernels": "reader.kernels", "read_norm": "reader.norm",
-        "embed": "reader.embed",
-        "embed_more": "reader.embed_more", "attend_norm": "reader.attend_norm", "attend": "reader.attend",
-        "neuron_norm": "reader.neuron_norm", "code": "writer.code", "code_norm": "writer.code_norm",
-        "class_code": "writer.class_code", "class_code_norm": "writer.class_code_norm",
-        "write_kernels": "writer.kernels", "write_maps": "writer.maps", "concept_code": "writer.concept_code",
-        "concept_code_norm": "writer.concept_code_norm",
-    }  # fmt: skip
-    synthesizer = GraphWeightSynthesizer(**content["settings"])
-    state = synthesizer.state_dict()
-    for name, tensor in content["state_dict"].items():
-        first, dot, rest = name.partition(".")
-        state[names.get(first, first) + dot + rest] = tensor
-    earlier = state["describe.0.weight"]
-    state["describe.0.weight"] = F.pad(earlier, (0, DESCRIPTION - earlier.shape[1]))
-    synthesizer.load_state_dict(state)
-    return synthesizer
