@@ -74,7 +74,9 @@ def parse_options() -> argparse.Namespace:
         default=Path("universal_training.pth"),
         help="state to go on from, deleted at the end",
     )
-    parser.add_argument("--start-from", type=Path, help="a synthesiser to train on from, not from nothing")
+    parser.add_argument(
+        "--start-from", type=Path, help="a synthesiser, or the state of a training, to train on from (default: nothing)"
+    )
     parser.add_argument("--out", type=output_file(".pth"), default=SYNTHESIZER, help="file to write")
     add_data_options(parser)
     parser.set_defaults(validation=2000)
@@ -159,7 +161,7 @@ class Training:
             first = first_of_each_class(self.data, options.probes)
             self.synthesizer.task.start_from(first.images, first.labels)
         else:
-            self.synthesizer = load_synthesizer(options.start_from)
+            self.synthesizer = earlier_synthesizer(options.start_from)
         self.synthesizer.to(options.device).train()
         self.average = AveragedModel(self.synthesizer, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         # Parallel processes average their gradients; layers of a kind that no process drew have none.
@@ -294,6 +296,22 @@ class Training:
             raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
         if self.rank == 0:
             print(f"Going on from step {self.step}, saved in {path}", flush=True)
+
+
+def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
+    """The synthesiser saved at `path`, or the average of the training whose state is saved there.
+
+    Raises UserError if the file is neither.
+    """
+    content = load_file(path, maker=MAKER)
+    if not isinstance(content, dict) or "states" not in content:
+        return load_synthesizer(path)
+    try:
+        average = AveragedModel(GraphWeightSynthesizer(content["settings"]["probes"]))
+        average.load_state_dict(content["states"]["average"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path}: neither a synthesiser nor the state of a training: give another file") from error
+    return average.module
 
 
 def distorted(images: Tensor, strength: float) -> Tensor:
