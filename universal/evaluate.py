@@ -5,12 +5,10 @@
 prints how networks written from unseen inits score on the test images, beside one epoch of Adam, and what they are
 worth as the start of training; and of TargetCNNs, how they score over several generative steps, whether they differ
 from each other and from trained ones, and what an ensemble of them gives. It saves the picture assets/universal.png
-and, as universal_results.json, everything it found. With --epochs 0 nothing is trained, and what Adam reaches is taken
-from universal/results.json, the record of `python -m universal.evaluate --results universal/results.json`.
+and, as universal_results.json, everything it found. With --epochs 0 nothing is trained.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +21,6 @@ from torch import Tensor, nn
 
 from diffusion_model import rollout
 from scripting import (
-    UserError,
     add_data_options,
     number,
     option_parser,
@@ -52,7 +49,6 @@ from universal.networks import EVALUATED
 from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 
 STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
-RECORD = Path(__file__).resolve().parent / "results.json"
 BATCH_SIZE, FIRST_STEPS = 128, 100  # of Adam
 
 
@@ -86,13 +82,11 @@ def main() -> None:
     milliseconds = writing_time(synthesizer)
     print(f"Writing a TargetCNN takes {milliseconds:.0f} ms, tracing not counted")
 
-    known = {} if options.epochs else recorded_adam()
-
     print(f"\nOne generative step from {options.inits} unseen inits, and Adam from one of them:", flush=True)
     networks, wrong = [], {}
     for name, build in EVALUATED.items():
         results = [score(generate(synthesizer, build, seed), data) for seed in seeds]
-        adam = adam_from_both_starts(synthesizer, build, train, data, options) if options.epochs else known.get(name)
+        adam = adam_from_both_starts(synthesizer, build, train, data, options) if options.epochs else None
         networks.append(summary(name, results) | {"adam": adam})
         wrong[name] = [result.wrong for result in results]
         print(f"{name}: {networks[-1]['mean']:.2f} %", file=sys.stderr, flush=True)
@@ -143,15 +137,6 @@ def main() -> None:
     print(f"Plot saved to {options.plot}")
 
 
-def recorded_adam() -> dict[str, dict]:
-    """What Adam reached with each network, by its name, from the committed record. Raises UserError if it is broken."""
-    try:
-        networks = json.loads(RECORD.read_text())["networks"]
-        return {network["name"]: network["adam"] for network in networks}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{RECORD}: is missing or damaged: restore it from git, or leave out --epochs 0") from error
-
-
 def adam_from_both_starts(
     synthesizer: GraphWeightSynthesizer, build: Callable, train: Dataset, data: Dataset, options: argparse.Namespace
 ) -> dict[str, float]:
@@ -159,9 +144,7 @@ def adam_from_both_starts(
     accuracies = {}
     for start, lr in (("generated", options.generated_lr), ("random", options.random_lr)):
         torch.manual_seed(options.seed)
-        network = (generate(synthesizer, build, options.seed) if start == "generated" else build()).to(
-            options.device, memory_format=torch.channels_last
-        )
+        network = (generate(synthesizer, build, options.seed) if start == "generated" else build()).to(options.device)
         adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
         torch.manual_seed(options.seed)
         order = torch.randperm(len(train.labels)).to(options.device)
@@ -187,7 +170,7 @@ def mean_after_first_steps(networks: list[dict]) -> dict[str, float] | None:
 def generate(synthesizer: GraphWeightSynthesizer, build, seed: int) -> nn.Module:
     """A network written from the random init of `seed`."""
     torch.manual_seed(seed)
-    network = build().to(synthesizer.task.probes.device, memory_format=torch.channels_last)
+    network = build().to(synthesizer.task.probes.device)
     return synthesizer.synthesize(network)
 
 
