@@ -1,5 +1,6 @@
 """The universal synthesiser: equivariance, what it writes, its training, and the commands."""
 
+import json
 import random
 import re
 import signal
@@ -17,7 +18,7 @@ import evaluate_diffusion
 from diffusion_model import rollout
 from scripting import UserError
 from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, random_init, score
-from universal import GraphWeightSynthesizer, load_synthesizer, responses, synthesize, train
+from universal import GraphWeightSynthesizer, evaluate, load_synthesizer, responses, synthesize, train
 from universal.architectures import Concatenation, Gate, ResidualBlock, Sum, Tokens, draw_architecture, parameter_shapes
 from universal.conditioning import cosines_of
 from universal.flat import load_generator
@@ -713,7 +714,7 @@ def test_a_wrong_synthesiser_gets_one_line(tmp_path, refusal):
 
 def test_evaluate_prints_its_tables_and_saves_everything(tmp_path):
     result = command(
-        "-m", "universal.evaluate", "--inits", 2, "--starts", 2, "--steps", 2, "--epochs", 0, "--validation", 500,
+        "-m", "universal.evaluate", "--inits", 2, "--steps", 2, "--epochs", 0, "--validation", 500,
         "--plot", tmp_path / "u.png", "--results", tmp_path / "u.json", "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -721,6 +722,26 @@ def test_evaluate_prints_its_tables_and_saves_everything(tmp_path):
         assert name in result.stdout
     assert (tmp_path / "u.png").stat().st_size > 10_000
     assert (tmp_path / "u.json").exists()
+
+
+def test_evaluate_holds_networks_against_adam(tmp_path, monkeypatch, capsys, digits):
+    names = ["TargetCNN", "PyTorch example, older"]
+    monkeypatch.setattr(evaluate, "EVALUATED", {name: EVALUATED[name] for name in names})
+    monkeypatch.setattr(evaluate, "FIRST_STEPS", 3)
+    monkeypatch.setattr(evaluate, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(evaluate, "training_data", lambda *_: digits[500:])
+    outputs = ["--plot", tmp_path / "u.png", "--results", tmp_path / "u.json"]
+    options = ["--inits", 2, "--steps", 1, "--epochs", 1, "--device", "cpu", *outputs]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, options)])
+    evaluate.main()
+    record = json.loads((tmp_path / "u.json").read_text())
+    for name, network in zip(names, record["networks"], strict=True):
+        adam = network["adam"]
+        assert network["name"] == name
+        assert adam["generated_first_steps_percent"] > 94 > adam["random_first_steps_percent"]
+        assert adam["epoch_percent"] > adam["random_first_steps_percent"]
+    assert record["first_steps"]["generated"] > record["first_steps"]["random"]
+    assert re.search(r"Mean after 3 steps of Adam: [\d.]+% from generated weights", capsys.readouterr().out)
 
 
 def test_evaluate_generalization_finds_new_networks(experiment, tmp_path):
