@@ -53,8 +53,13 @@ class Table:
         while self.waiting and self.waiting[-1][1] not in self.written:
             count, _, pairs = self.waiting.pop()
             unknown = self.rows.new_zeros(count, *self.rows.shape[1:])  # of a layer that is left as it is
-            self.rows = torch.cat([self.rows, unknown if pairs is None else self.rows[pairs].sum(1)])
-        return self.rows[numbers]
+            self.rows = torch.cat([self.rows, unknown if pairs is None else self.at(pairs).sum(1)])
+        return self.at(numbers)
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """The rows at these numbers. Unlike that of indexing, its gradient is the same whatever the threads do."""
+        rows = self.rows if self.rows.dim() > 1 else self.rows[:, None]
+        return F.embedding(numbers.to(rows.device), rows).view(*numbers.shape, *self.rows.shape[1:])
 
     def add(self, rows: Tensor) -> None:
         """Add the rows of the layer that comes next."""
