@@ -278,6 +278,25 @@ def test_additions_concatenations_and_products_are_followed():
     assert residual.last.sources == {0, 2} and residual.last.depth == 3
 
 
+def test_a_product_with_a_parameter_keeps_the_neurons():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gain, self.out = (
+                nn.Conv2d(1, 4, 3),
+                nn.Parameter(torch.ones(1, 4, 1, 1)),
+                nn.Linear(2704, 10),
+            )
+
+        def forward(self, x):
+            return self.out((self.gain * self.conv(x)).flatten(1))
+
+    graph = ComputationGraph(Scaled())
+    first = graph.layers[0].first_neuron
+    assert graph.left == ["gain"]
+    assert graph.last.channels[:, 0].tolist() == [first, first + 1, first + 2, first + 3]
+
+
 def test_lazy_modules_are_initialised():
     network = nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(10))
     assert ComputationGraph(network).last.shape == (10, 2704)

@@ -25,7 +25,7 @@ from universal.flat import load_generator
 from universal.graph import ComputationGraph
 from universal.networks import EVALUATED, EVALUATED_SHAPES, VisionTransformer, cnn, mlp
 from universal.responses import InverseSquareRoot, decorrelate
-from universal.synthesizer import SYNTHESIZER, balance, random_weights, save_synthesizer
+from universal.synthesizer import SYNTHESIZER, Table, balance, random_weights, save_synthesizer
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
@@ -296,6 +296,15 @@ def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(monkey
     wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), *CLASSES, nn.Linear(1024, 10))
     synthesizer.synthesize(wide, seed=0)
     assert max(largest) <= responses.MOST_ROWS
+
+
+def test_a_sum_of_neurons_has_the_sum_of_their_rows():
+    graph = ComputationGraph(nn.Sequential(nn.Conv2d(1, 3, 3), Sum(nn.Conv2d(3, 3, 1)), *CLASSES, nn.Linear(3, 10)))
+    table = Table(graph, torch.zeros(1, 2))
+    first, second = torch.randn(3, 2), torch.randn(3, 2)
+    table.add(first)
+    table.add(second)
+    torch.testing.assert_close(table.of(graph.last.channels[:, 0]), first + second)
 
 
 def test_the_inverse_square_root_is_one():
@@ -685,6 +694,7 @@ def test_synthesize_writes_weights_that_load(own_file):
         ("{file}:Net(classes=[])", "cannot be built (TypeError: "),
         ("{file}:Net(__import__('os').getcwd())", "are not literals"),
         ("{file}:Net(*[10])", "are not literals"),
+        ("{file}:Net(**{'classes': 10})", "are not literals"),
         (
             "{broken}:Net",
             "broken.py cannot be imported (NameError: name 'undefined' is not defined (broken.py, line 2: x =",

@@ -128,10 +128,9 @@ def draw_architecture(draw: random.Random, classes: int, refused: list[list[tupl
     Its weights are PyTorch's default init, from the global generator of torch.
     """
     kinds = {"convolutions": 14, "mlp": 5, "tokens": 1.5}
-    makers = {"convolutions": Convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
+    makers = {"convolutions": draw_convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
     while True:
-        made = makers[drawn(draw, kinds)](draw, classes)
-        network = made.network if isinstance(made, Convolutional) else made
+        network = makers[drawn(draw, kinds)](draw, classes)
         if network is not None and parameter_shapes(network) not in refused:
             return network
 
@@ -185,6 +184,11 @@ def draw_tokens(draw: random.Random, classes: int) -> nn.Module:
             )
     places, norm = draw.random() < 0.8, draw.random() < 0.5
     return Tokens(patch, width, blocks, classes, places, class_token, norm)
+
+
+def draw_convolutional(draw: random.Random, classes: int) -> nn.Module | None:
+    """A network of 1 to 10 convolutions or so; None if it would cost too much."""
+    return Convolutional(draw, classes).network
 
 
 class Convolutional:

@@ -39,10 +39,10 @@ class Part:
         weights[self.name] = values
 
     def same(self, other: "Part") -> bool:
-        indices = (self.index, other.index)
-        return self.name == other.name and (
-            all(i is None for i in indices) or (all(i is not None for i in indices) and torch.equal(*indices))
-        )
+        """Whether both are the same elements of the same parameter."""
+        if self.name != other.name or self.index is None or other.index is None:
+            return self.name == other.name and self.index is other.index
+        return torch.equal(self.index, other.index)
 
     def moved(self, whole: Tensor, elements: Tensor) -> "Part":
         """The part that has these elements of this one, in their shape. `whole` is the parameter."""
@@ -214,6 +214,7 @@ class Kind:
         return dict(zip(self.arguments, args, strict=False)) | kwargs
 
 
+STATISTICS = ("running_mean", "running_var")
 CONVOLUTION = Kind(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), 1, is_convolution=True)
 LINEAR = Kind(("input", "weight", "bias"), -1)
 PRODUCT = Kind(("input", "weight"), -1, transposed=True)
@@ -228,15 +229,12 @@ KINDS: dict[Callable, Kind] = {
     Tensor.__matmul__: PRODUCT,
     torch.addmm: Kind(("bias", "input", "weight"), -1, transposed=True),
     F.batch_norm: Kind(
-        ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-        1,
-        True,
-        by_inputs="training",
+        ("input", *STATISTICS, "weight", "bias", "training", "momentum", "eps"), 1, is_norm=True, by_inputs="training"
     ),
     F.instance_norm: Kind(
-        ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+        ("input", *STATISTICS, "weight", "bias", "use_input_stats", "momentum", "eps"),
         1,
-        True,
+        is_norm=True,
         by_inputs="use_input_stats",
     ),
     F.group_norm: Kind(("input", "num_groups", "weight", "bias", "eps"), 1, is_norm=True),
@@ -245,7 +243,6 @@ KINDS: dict[Callable, Kind] = {
 }
 SUM = Kind(("input", "other"), -1, is_sum=True)
 KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), SUM)
-STATISTICS = ("running_mean", "running_var")
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
 CONTRACTIONS = {
@@ -271,15 +268,12 @@ def attention(
     """`F.multi_head_attention_forward` in its parts, each a call: [tokens, N, width] -> the same, and the shares."""
     if bias_k is not None or bias_v is not None or add_zero_attn or static_k is not None or static_v is not None:
         raise ValueError("attention with additional keys and values is not supported")
-    if use_separate_proj_weight:
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
-        parts = [F.linear(*arguments) for arguments in zip((query, key, value), weights, biases, strict=True)]
-    elif query is key and key is value:
+    if query is key and key is value and not use_separate_proj_weight:
         parts = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
     else:
+        separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+        weights = separate if use_separate_proj_weight else in_proj_weight.chunk(3)
         biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        weights = in_proj_weight.chunk(3)
         parts = [F.linear(*arguments) for arguments in zip((query, key, value), weights, biases, strict=True)]
     heads = [part.unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3) for part in parts]  # [N, heads, tokens, size]
     scores = heads[0] @ heads[1].transpose(-2, -1) * heads[0].shape[-1] ** -0.5

@@ -26,9 +26,7 @@ class Numbers(NamedTuple):
     y: Tensor
     x: Tensor
     depth: int = 0  # how many layers the images have passed, on the longest way
-    sources: frozenset[int] = (
-        frozenset()
-    )  # the layers, or -1 for the images, that it comes from without another between
+    sources: frozenset[int] = frozenset()  # the layers, or -1 for the images, that it comes from with none between
 
 
 class Neurons:
@@ -81,10 +79,7 @@ class Follower:
         self.parameters = parameters
         self.only_scales = True  # whether nothing so far but moved, averaged or was a function of single elements
         self._numbers: dict[int, Numbers] = {}
-        named = [
-            *originals.items(),
-            *parameters.items(),
-        ]  # a module may keep its own beside those that it is called with
+        named = [*originals.items(), *parameters.items()]  # a module may keep its own beside those it is called with
         self._parts: dict[int, Part] = {id(tensor): Part(name) for name, tensor in named}
         self._computed: dict[int, str] = {}  # what was computed from parameters, not only moved: from which
         self._values: set[int] = set()  # whole numbers that were computed from activations
@@ -224,9 +219,8 @@ class Follower:
         for index, output in outputs if parts or computed else []:
             if self.part(output) is None:  # a function may return what it is given
                 self._alive.append(output)
-                names = [part.name for part in parts.values()] + [
-                    self._computed[id(v)] for v in leaves if id(v) in self._computed
-                ]
+                names = [part.name for part in parts.values()]
+                names += [self._computed[id(leaf)] for leaf in leaves if id(leaf) in self._computed]
                 self._computed[id(output)] = ", ".join(dict.fromkeys(names))
                 if len(parts) == 1 and not computed:
                     ((place, part),) = parts.items()
