@@ -12,14 +12,16 @@ MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
 
 # What is drawn how often.
+ORDINARY = 0.4  # of the convolutional networks: ReLU, no norm, and hidden layers that read all the maps
+ORDINARY_STAGES = {"plain": 20, "residual": 4}
 ACTIVATIONS = {
-    nn.ReLU: 36, nn.GELU: 3, nn.SiLU: 2, nn.LeakyReLU: 2, nn.ELU: 2, nn.SELU: 1, nn.Tanh: 3, nn.Sigmoid: 1,
+    nn.ReLU: 30, nn.GELU: 3, nn.SiLU: 2, nn.LeakyReLU: 2, nn.ELU: 2, nn.SELU: 1, nn.Tanh: 5, nn.Sigmoid: 1,
     nn.Hardswish: 1, nn.ReLU6: 1, nn.Softplus: 1,
 }  # fmt: skip
 NORMS = {None: 20, "batch": 5, "group": 1, "layer": 1, "instance": 1}
 KERNELS = {3: 12, 5: 4, 1: 1, 7: 1, 4: 1, 2: 0.5, 8: 0.5, 6: 0.5}
 STAGES = {
-    "plain": 20, "residual": 4, "pre-activation": 1, "bottleneck": 1, "separable": 2, "inverted": 1, "branches": 2,
+    "plain": 16, "residual": 4, "pre-activation": 1, "bottleneck": 1, "separable": 3, "inverted": 1, "branches": 2,
     "dense": 1, "gated": 1,
 }  # fmt: skip
 
@@ -127,7 +129,7 @@ def draw_architecture(draw: random.Random, classes: int, refused: list[list[tupl
 
     Its weights are PyTorch's default init, from the global generator of torch.
     """
-    kinds = {"convolutions": 14, "mlp": 5, "tokens": 1.5}
+    kinds = {"convolutions": 14, "mlp": 4.5, "tokens": 2}
     makers = {"convolutions": draw_convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
     while True:
         network = makers[drawn(draw, kinds)](draw, classes)
@@ -196,15 +198,16 @@ class Convolutional:
 
     def __init__(self, draw: random.Random, classes: int):
         self.draw = draw
-        self.activation = drawn(draw, ACTIVATIONS)
-        self.norm = drawn(draw, NORMS)
+        self.ordinary = draw.random() < ORDINARY
+        self.activation = nn.ReLU if self.ordinary else drawn(draw, ACTIVATIONS)
+        self.norm = None if self.ordinary else drawn(draw, NORMS)
         self.channels = 1 if draw.random() < 0.95 else 3
         self.side, self.multiplications = IMAGE_SIDE, 0
         self.layers: list[nn.Module] = []
         left = drawn(draw, {1: 2, 2: 10, 3: 3, 4: 4, 5: 2, 6: 2, 8: 2, 10: 1})
         deep = left > 3
         widest = 64 if left > 1 or draw.random() < 0.5 else 32
-        kind = drawn(draw, STAGES)
+        kind = drawn(draw, ORDINARY_STAGES if self.ordinary else STAGES)
         pooling = drawn(draw, {nn.MaxPool2d: 5, nn.AvgPool2d: 1, None: 1})
         every = 1 if not deep else draw.choice([1, 2, 2, 3])  # stages between reductions of the maps
         stage = 0
@@ -226,7 +229,7 @@ class Convolutional:
     def add_head(self, classes: int) -> None:
         """Global average pooling or the flattened maps, hidden layers, and the classes."""
         draw = self.draw
-        head = drawn(draw, {"flat": 12, "pooled": 6, "classes": 0.7, "few": 0.5})
+        head = drawn(draw, {"flat": 12} if self.ordinary else {"flat": 12, "pooled": 8, "classes": 0.7, "few": 0.5})
         if head == "classes":  # from a convolution
             self.layers += [self.conv(self.channels, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         else:

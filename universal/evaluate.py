@@ -5,10 +5,16 @@
 prints how networks written from unseen inits score on the test images, beside one epoch of Adam, and what they are
 worth as the start of training; and of TargetCNNs, how they score over several generative steps, whether they differ
 from each other and from trained ones, and what an ensemble of them gives. It saves the picture assets/universal.png
-and, as universal_results.json, everything it found. With --epochs 0 nothing is trained.
+and, as universal_results.json, everything it found. With --epochs 0 nothing is trained, and what Adam reaches from
+random weights is taken from the record universal/results.json, which
+
+    python -m universal.evaluate --results universal/results.json
+
+saves.
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +56,7 @@ from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synt
 
 STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
 BATCH_SIZE, FIRST_STEPS = 128, 100  # of Adam
+RECORDED = Path(__file__).resolve().parent / "results.json"
 
 
 def parse_options() -> argparse.Namespace:
@@ -84,9 +91,10 @@ def main() -> None:
 
     print(f"\nOne generative step from {options.inits} unseen inits, and Adam from one of them:", flush=True)
     networks, wrong = [], {}
+    recorded = {} if options.epochs else recorded_adam()
     for name, build in EVALUATED.items():
         results = [score(generate(synthesizer, build, seed), data) for seed in seeds]
-        adam = adam_from_both_starts(synthesizer, build, train, data, options) if options.epochs else None
+        adam = adam_from_both_starts(synthesizer, build, train, data, options) if options.epochs else recorded.get(name)
         networks.append(summary(name, results) | {"adam": adam})
         wrong[name] = [result.wrong for result in results]
         print(f"{name}: {networks[-1]['mean']:.2f} %", file=sys.stderr, flush=True)
@@ -144,7 +152,11 @@ def adam_from_both_starts(
     accuracies = {}
     for start, lr in (("generated", options.generated_lr), ("random", options.random_lr)):
         torch.manual_seed(options.seed)
-        network = (generate(synthesizer, build, options.seed) if start == "generated" else build()).to(options.device)
+        network = (
+            generate(synthesizer, build, options.seed)
+            if start == "generated"
+            else in_fastest_layout(build().to(options.device), train.images[:2])
+        )
         adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
         torch.manual_seed(options.seed)
         order = torch.randperm(len(train.labels)).to(options.device)
@@ -160,9 +172,29 @@ def adam_from_both_starts(
     }
 
 
+def in_fastest_layout(network: nn.Module, images: Tensor) -> nn.Module:
+    """`network` with channels last, in place, unless it then cannot run: views of maps may need the other layout."""
+    network.to(memory_format=torch.channels_last).eval()
+    try:
+        with torch.no_grad():
+            network(images)
+    except RuntimeError:
+        network.to(memory_format=torch.contiguous_format)
+    return network
+
+
+def recorded_adam() -> dict[str, dict]:
+    """What Adam reaches from random weights of each network, by name, as the committed record has it."""
+    networks = json.loads(RECORDED.read_text())["networks"]
+    return {network["name"]: network["adam"] | {"generated_first_steps_percent": None} for network in networks}
+
+
 def mean_after_first_steps(networks: list[dict]) -> dict[str, float] | None:
-    """The mean over all networks of the accuracies after the first steps of Adam from both starts, in percent."""
-    if any(network["adam"] is None for network in networks):
+    """The mean over all networks of the accuracies after the first steps of Adam from both starts, in percent.
+
+    None if any is not known.
+    """
+    if any(network["adam"] is None or None in network["adam"].values() for network in networks):
         return None
     return {start: fmean(network["adam"][f"{start}_first_steps_percent"] for network in networks) for start in STARTS}
 
@@ -171,7 +203,7 @@ def generate(synthesizer: GraphWeightSynthesizer, build, seed: int) -> nn.Module
     """A network written from the random init of `seed`."""
     torch.manual_seed(seed)
     network = build().to(synthesizer.task.probes.device)
-    return synthesizer.synthesize(network)
+    return in_fastest_layout(synthesizer.synthesize(network), synthesizer.task.probes[:2])
 
 
 @torch.inference_mode()
@@ -213,10 +245,11 @@ def networks_table(rows: list[dict]) -> str:
         f"Adam {FIRST_STEPS} Steps, Random",
     ]  # fmt: skip
     keys = ("epoch_percent", "generated_first_steps_percent", "random_first_steps_percent")
+    adam = [[(row["adam"] or {}).get(key) for key in keys] for row in rows]
     return table(header, [
         [row["name"], *(f"{row[key]:.2f}" for key in ("mean", "minimum", "maximum")),
-         *("-" if row["adam"] is None else f"{row['adam'][key]:.2f}" for key in keys)]
-        for row in rows
+         *("-" if value is None else f"{value:.2f}" for value in values)]
+        for row, values in zip(rows, adam, strict=True)
     ])  # fmt: skip
 
 

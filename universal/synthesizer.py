@@ -85,7 +85,7 @@ class GraphWeightSynthesizer(nn.Module):
         dimension: int = 96,
         concepts: int = 96,
         rank: int = 32,
-        hidden: int = 256,
+        hidden: int = 512,
     ):
         super().__init__()
         self.settings = {

@@ -299,19 +299,35 @@ class Training:
 
 
 def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
-    """The synthesiser saved at `path`, or the average of the training whose state is saved there.
+    """The synthesiser saved at `path`, or the average of the training whose state is saved there; widened, if it is
+    narrower than new ones are.
 
     Raises UserError if the file is neither.
     """
     content = load_file(path, maker=MAKER)
     if not isinstance(content, dict) or "states" not in content:
-        return load_synthesizer(path)
+        return widened(load_synthesizer(path))
     try:
         average = AveragedModel(GraphWeightSynthesizer(content["settings"]["probes"]))
         average.load_state_dict(content["states"]["average"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: neither a synthesiser nor the state of a training: give another file") from error
     return average.module
+
+
+def widened(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
+    """The same function with at least as many hidden units as a new synthesiser has: nothing reads those added, yet."""
+    wider = GraphWeightSynthesizer(**synthesizer.settings | {"hidden": GraphWeightSynthesizer().settings["hidden"]})
+    if wider.settings["hidden"] <= synthesizer.settings["hidden"]:
+        return synthesizer
+    state = wider.state_dict()
+    for name, old in synthesizer.state_dict().items():
+        new = state[name]
+        if new.shape[1:] != old.shape[1:]:
+            new[:, old.shape[1] :] = 0
+        new[tuple(map(slice, old.shape))] = old
+    wider.load_state_dict(state)
+    return wider
 
 
 def distorted(images: Tensor, strength: float) -> Tensor:
