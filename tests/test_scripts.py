@@ -33,9 +33,12 @@ from target_cnn import (
 )
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
+SCRIPTS_IN = {
+    ".": "", "universal": "universal.", "universal/signatures": "universal.signatures.", "tests": ""
+}  # fmt: skip
 COMMANDS = [  # the module names of all files that can be run; pytest imports from tests/ itself
     f"{package}{path.stem}"
-    for directory, package in ((".", ""), ("universal", "universal."), ("tests", ""))
+    for directory, package in SCRIPTS_IN.items()
     for path in sorted((REPOSITORY / directory).glob("*.py"))
     if '\nif __name__ == "__main__":' in path.read_text()
 ]

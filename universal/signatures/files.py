@@ -1,0 +1,301 @@
+"""The weights in anyone's files: PyTorch's, safetensors, NumPy's and ONNX. Nothing in them is ever executed."""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scripting import UserError, in_short, load_file, one_line
+
+MAKER = "the program that wrote it"  # of these files
+
+
+class NoWeights(UserError):
+    """A file can be read, but holds no weights."""
+
+
+class MissingPackage(UserError):
+    """An optional package is needed to read a file."""
+
+
+class Contents(NamedTuple):
+    """What a file holds: weights by name, floating-point tensors of at least 2 axes, and why others are left out."""
+
+    weights: dict[str, Tensor]
+    left_out: dict[str, str]
+
+
+def files_below(path: Path) -> list[Path]:
+    """The file at `path`, or all files of weights in the directory there.
+
+    Raises UserError if there are none.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in READERS and file.is_file())
+        if not files:
+            raise UserError(f"{path}: no files of weights in this directory ({', '.join(READERS)}): give another one")
+        return files
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory: give the path of a file of weights")
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: not a file of weights ({', '.join(READERS)}): give another one")
+    return [path]
+
+
+def read_weights(path: Path) -> Contents:
+    """The weights in a file, in their order.
+
+    Vectors, indices and flags are passed over; what else is no weight is left out by name. Raises UserError if the file
+    cannot be read, and NoWeights if it holds none.
+    """
+    weights, left_out = {}, {}
+    try:
+        for name, tensor in READERS[path.suffix.lower()](path, left_out):
+            name = one_line("".join(letter for letter in name if letter.isprintable()))
+            if isinstance(tensor, str):
+                left_out[name] = tensor
+            elif any(part.startswith("optimi") for part in name.lower().split(".")) or name.endswith(MOMENTS):
+                left_out["(optimiser)"] = "the state of an optimiser"
+            elif tensor.dim() >= 2 and tensor.numel():
+                reason = why_no_weight(tensor)
+                if reason is None:
+                    weights[name] = tensor.float()
+                elif reason:
+                    left_out[name] = reason
+    except UserError:
+        raise
+    except Exception as error:  # whatever broken or hostile bytes lead to
+        raise UserError(f"{path}: is damaged ({in_short(error)}): make it again with {MAKER}") from error
+    if not weights:
+        why = f" ({'; '.join(f'{name}: {reason}' for name, reason in list(left_out.items())[:3])})" if left_out else ""
+        raise NoWeights(f"{path}: holds no weights{why}: give a file with floating-point tensors of 2 axes or more")
+    return Contents(weights, left_out)
+
+
+def why_no_weight(tensor: Tensor) -> str | None:
+    """Why a tensor of two axes or more is not a weight; empty where that goes without saying, None if it is one."""
+    if tensor.is_complex():
+        return "complex numbers"
+    if not tensor.is_floating_point():
+        return "integers without scales" if tensor.dtype in (torch.int8, torch.uint8) else ""
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        return "holds NaN or infinite weights"
+    return "constant" if tensor.min() == tensor.max() else None
+
+
+# Tensors by name, or why they cannot be used. A reader may also leave out something by itself.
+Found = Iterator[tuple[str, Tensor | str]]
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # as optimisers of PyTorch name them
+
+
+# ---- PyTorch --------------------------------------------------------------------------------------------------------
+
+
+def read_torch(path: Path, left_out: dict[str, str]) -> Found:
+    """What `torch.save` wrote: tensors in dictionaries and lists, however nested."""
+    try:
+        content = load_file(path, maker=MAKER)
+    except UserError:
+        content = load_around_objects(path, left_out)
+        if content is None:
+            raise
+    yield from walk(content)
+
+
+# What rebuilds arrays, which may lie beside tensors; the module's name depends on the version that wrote them.
+NUMPY = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype} | {
+    f"numpy.{core}.multiarray.{name}": (getattr(np, "_core", None) or np.core).multiarray.__dict__[name]
+    for core in ("core", "_core")
+    for name in ("_reconstruct", "scalar")
+}
+NUMPY_TYPES = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
+
+
+def load_around_objects(path: Path, left_out: dict[str, str]):
+    """The content of a file that holds Python objects beside its tensors, with lifeless ones in their place.
+
+    No class or function that the file names is ever imported or called. None if the file cannot be read so either.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            stand_ins = [(NUMPY.get(name) or type("Lifeless", (Lifeless,), {}), name) for name in names]
+            with torch.serialization.safe_globals([*stand_ins, *NUMPY_TYPES]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whatever broken bytes lead to
+        return None
+    objects = [name for name in names if name not in NUMPY]
+    if objects:
+        left_out["(objects)"] = f"Python objects, which are never executed: {', '.join(objects[:3])}"
+    return content
+
+
+class Lifeless:
+    """Takes the place of a class or function in a pickle: what it is asked to make is a dictionary."""
+
+    def __new__(cls, *_, **__):
+        return OrderedDict()  # to which the state of an object may be added, unlike to other dictionaries
+
+
+def walk(content) -> Found:
+    """All tensors and arrays in nested dictionaries and lists, by their dotted names, each container once."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield name, plain(value)
+        elif isinstance(value, np.ndarray) and value.dtype in (np.float16, np.float32, np.float64):
+            yield name, torch.from_numpy(value.copy())
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            parts = value | vars(value) if isinstance(value, OrderedDict) else value
+            items = list(parts.items() if isinstance(parts, dict) else enumerate(parts))
+            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
+
+
+def plain(tensor: Tensor) -> Tensor | str:
+    """A tensor of the usual layout, without gradient; or why there is none."""
+    if tensor.is_meta:
+        return "has no values"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.is_quantized:
+        return tensor.dequantize()
+    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).detach()
+
+
+# ---- other formats --------------------------------------------------------------------------------------------------
+
+
+def read_safetensors(path: Path, _) -> Found:
+    try:
+        import safetensors  # noqa: F401, an optional package
+    except ImportError as error:
+        raise MissingPackage(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
+    yield from load_file(path, maker=MAKER).items()
+
+
+def read_npz(path: Path, _) -> Found:
+    """Arrays that `numpy.savez` wrote; pickled ones are left out."""
+    with np.load(path, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            try:
+                yield name, torch.from_numpy(np.atleast_1d(arrays[name]))
+            except (ValueError, TypeError) as error:  # pickled objects, or numbers that torch does not have
+                yield name, str(error).split(":")[0]
+
+
+def read_onnx(path: Path, _) -> Found:
+    """Initialisers and Constant nodes, of subgraphs too; what is quantised is multiplied out where scales are known."""
+    try:
+        import onnx  # an optional package
+    except ImportError as error:
+        raise MissingPackage(f"{path}: needs the package onnx to be read: pip install onnx") from error
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:
+        raise UserError(f"{path}: is damaged or not what its name says: make it again with {MAKER}") from error
+    try:
+        onnx.load_external_data_for_model(model, str(path.parent))
+    except Exception as error:
+        raise UserError(
+            f"{path}: its weights are in another file, which is missing or cannot be read: put it beside this one"
+        ) from error
+    stored: dict[str, np.ndarray | str] = {}
+    quantised: set[str] = set()
+    scales: dict[str, tuple[str, str, int | None, int]] = {}  # names of scale and zero point; axis, if given; block
+    recurrent: set[str] = set()  # weights [directions, gates and units, inputs]
+    for graph in graphs_of(model.graph):
+        items = [(item.name, item) for item in graph.initializer]
+        for node in graph.node:
+            attributes = {attribute.name: attribute for attribute in node.attribute}
+            inputs = [*node.input, *[""] * 9]
+            if node.op_type == "Constant" and "value" in attributes:
+                items.append((node.output[0], attributes["value"].t))
+            elif node.op_type == "DequantizeLinear":
+                axis, block = (attributes[name].i if name in attributes else None for name in ("axis", "block_size"))
+                scales[inputs[0]] = (inputs[1], inputs[2], axis, block or 0)
+            elif node.op_type in ("QLinearConv", "QLinearMatMul"):
+                scales[inputs[3]] = (inputs[4], inputs[5], None, 0)
+            elif node.op_type in ("RNN", "GRU", "LSTM"):
+                recurrent.update(inputs[1:3])
+        for name, item in items:
+            name = name if name not in stored else f"{name} (in another branch)"
+            try:
+                array = onnx.numpy_helper.to_array(item)
+            except Exception as error:  # of unknown types, or of fewer bytes than its shape says
+                stored[name] = in_short(error)
+                continue
+            if array.dtype.kind == "V" or array.dtype in (np.int8, np.uint8, np.int16, np.uint16):
+                if array.dtype.name != "bfloat16":
+                    quantised.add(name)
+                array = array.astype(np.float32)
+            stored[name] = array
+    for name, array in stored.items():
+        if isinstance(array, str):
+            yield name, array
+        elif name in quantised and array.ndim >= 2:
+            stem = name.removesuffix("_quantized")  # as dynamic quantisation names them
+            scale, zero, axis, block = scales.get(name, (f"{stem}_scale", f"{stem}_zero_point", None, 0))
+            yield name, dequantised(array, stored.get(scale), stored.get(zero), axis, block)
+        elif name in recurrent and len(array) > 1:
+            yield from ((f"{name}[{direction}]", torch.from_numpy(part.copy())) for direction, part in enumerate(array))
+        elif array.dtype.kind == "f":
+            yield name, torch.from_numpy(np.array(array))
+
+
+def graphs_of(graph) -> Iterator:
+    """A graph of ONNX and those inside its nodes."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+                yield from graphs_of(inner)
+
+
+def dequantised(
+    array: np.ndarray, scale: np.ndarray | str | None, zero: np.ndarray | str | None, axis: int | None, block: int
+) -> Tensor | str:
+    """(array - zero point) * scale, or why it cannot be had.
+
+    Scales are of the whole array, of each place along an axis (by default the first of their length), or of blocks of
+    places along it.
+    """
+    if not isinstance(scale, np.ndarray):
+        return "integers without scales"
+
+    def spread(values: np.ndarray) -> np.ndarray:
+        values = values.astype(np.float32)
+        if values.size == 1:
+            return values.reshape(())
+        if block:
+            along = 1 if axis is None else axis
+            return values.repeat(block, along).take(range(array.shape[along]), along)
+        fitting = (
+            [axis] if axis is not None else [place for place, size in enumerate(array.shape) if size == values.size]
+        )
+        shape = [1] * array.ndim
+        shape[fitting[0]] = -1
+        return values.reshape(shape)
+
+    try:
+        moved = array - spread(zero) if isinstance(zero, np.ndarray) else array
+        return torch.from_numpy(np.broadcast_to(moved * spread(scale), array.shape).copy())
+    except (ValueError, IndexError):
+        return "integers whose scales do not fit"
+
+
+# One more format is one more entry here.
+READERS: dict[str, Callable[[Path, dict[str, str]], Found]] = {
+    **dict.fromkeys([".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl"], read_torch),
+    ".safetensors": read_safetensors,
+    ".npz": read_npz,
+    ".onnx": read_onnx,
+}
+OUTPUTS_FIRST = [".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl", ".safetensors"]  # their weights are [outputs, inputs]

@@ -1,0 +1,52 @@
+"""The corpus as others use it: matrices of many families of networks, and pieces of them."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scripting import UserError, load_file
+
+CORPUS = Path("signature_corpus.pth")
+MAKER = "python -m universal.signatures.corpus"
+MOST_ROWS, MOST_COLUMNS = 512, 1024  # of a matrix in the corpus; of larger ones it has pieces
+
+
+def load_corpus(path: Path) -> dict[str, list[Tensor]]:
+    """The matrices of each family. Raises UserError if the file is missing or not a corpus."""
+    content = load_file(path, maker=MAKER)
+    try:
+        corpus = {family: [item["matrix"] for item in items] for family, items in content["corpus"].items()}
+        if any(matrix.dim() != 2 for matrices in corpus.values() for matrix in matrices):
+            raise ValueError
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: not a corpus of weights: make it with {MAKER}") from error
+    if len(corpus) < 2 or not all(corpus.values()):
+        raise UserError(f"{path}: needs at least two families, with a matrix each: make it again with {MAKER}")
+    return corpus
+
+
+def cropped(matrix: Tensor, draw: random.Random, rows: int = MOST_ROWS, columns: int = MOST_COLUMNS) -> Tensor:
+    """At most so many rows and columns, in their order, of a matrix whose shorter side counts as rows."""
+    short = int(matrix.shape[0] > matrix.shape[1])
+    for axis, most in ((short, rows), (1 - short, columns)):
+        if matrix.shape[axis] > most:
+            chosen = sorted(draw.sample(range(matrix.shape[axis]), most))
+            matrix = matrix.index_select(axis, torch.tensor(chosen))
+    return matrix
+
+
+def batch_of(matrices: list[Tensor], rows: int, columns: int, draw: random.Random) -> Tensor:
+    """Random pieces of the matrices, [n, rows, columns] or as large as all of them are, each of a mean square of 1."""
+    rows = min(rows, *(len(matrix) for matrix in matrices))
+    columns = min(columns, *(matrix.shape[1] for matrix in matrices))
+    pieces = []
+    for matrix in matrices:
+        chosen = [
+            torch.tensor(draw.sample(range(size), most))
+            for size, most in zip(matrix.shape, (rows, columns), strict=True)
+        ]
+        pieces.append(matrix[chosen[0]][:, chosen[1]])
+    batch = torch.stack(pieces)
+    return batch / batch.square().mean((1, 2), keepdim=True).sqrt().clamp(min=1e-12)

@@ -1,0 +1,423 @@
+"""Is a generative model of weights any good? Denoising, generating, initial weights, repairs and rewards.
+
+    python -m universal.signatures.prior
+
+holds the denoiser against classical methods on families that it has not seen, its matrices against real ones, its
+initial weights against those of the field, and tries it, and the score of signatures, on networks. It saves the picture
+assets/generated_weights.png and everything it found as signature_prior.json.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, pstdev
+
+import torch
+from torch import Tensor, nn
+
+from scripting import UserError, add_data_options, number, option_parser, output_file, run_script, save_json, table
+from target_cnn import Dataset, TargetCNN, fast_bf16, scoring_data, train_epoch, training_data
+from target_cnn import score as accuracy_of
+from universal.networks import conv, mlp
+from universal.plots import new_figure, save_figure
+from universal.signatures.denoising import (
+    CLASSICAL,
+    EVALUATED_SIGMAS,
+    HELD_OUT,
+    Denoiser,
+    against_best,
+    held_out_errors,
+    load_denoiser,
+)
+from universal.signatures.detection import Table, area, trained_scorer
+from universal.signatures.matrices import CORPUS, batch_of, load_corpus
+from universal.signatures.nulls import same_spectrum
+from universal.signatures.sampling import generate, initialise, repair
+from universal.signatures.scorer import as_tensor, load_scorer
+from universal.signatures.statistics import signature
+from universal.signatures.trials import BATCH_SIZE, network_score, trained_networks
+
+AFTER = (50, 100, 469)  # steps of Adam
+GENERATED_SIDE = 96  # rows and columns of the matrices that are held against real ones
+DETECTOR_STEPS = 500
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Try the generative model of weights.", seed=0)
+    parser.add_argument("--corpus", type=Path, default=CORPUS, help="the corpus of trained weights")
+    parser.add_argument("--matrices", type=number(int, 2, 10_000), default=20, help="of each family; generated twice")
+    parser.add_argument("--seeds", type=number(int, 1, 100), default=5, help="networks trained from each init")
+    parser.add_argument("--evaluations", type=number(int, 1, 10**6), default=300, help="scores that are asked for")
+    parser.add_argument(
+        "--plot",
+        type=output_file(".png", ".pdf", ".svg"),
+        default=Path("assets/generated_weights.png"),
+        help="picture to save",
+    )
+    parser.add_argument(
+        "--results", type=output_file(".json"), default=Path("signature_prior.json"), help="record to save"
+    )
+    add_data_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    corpus = load_corpus(options.corpus)
+    unseen = {family: corpus[family] for family in HELD_OUT if family in corpus}
+    if not unseen:
+        raise UserError(f"{options.corpus}: has none of the held-out families {', '.join(HELD_OUT)}: make it again")
+    denoiser = load_denoiser().to(options.device)
+    train = training_data(options.data, options.validation, options.device)
+    test = scoring_data(options.data, options.validation, options.device)
+
+    denoised = denoising(denoiser, unseen, options)
+    print("Mean squared error in families never seen (entries have a mean square of 1):")
+    print(denoising_table(denoised), flush=True)
+
+    generated = generate(denoiser, GENERATED_SIDE, GENERATED_SIDE, 2 * options.matrices, options.seed).cpu()
+    detected = detection(generated, corpus, options)
+    print("\nHow well a detector tells real matrices of families never seen from others (0.5 if it cannot):")
+    print(table(["Detector", "Generated", "Gaussian"], [
+        [row["detector"], f"{row['generated']:.3f}", f"{row['Gaussian']:.3f}"] for row in detected
+    ]), flush=True)  # fmt: skip
+    novelty = distances_to_training(generated, corpus, options)
+    print("\nDistance of the singular values from the nearest matrix that was learned from, relative to their norm: "
+          + ", ".join(f"{value:.3f} ({name})" for name, value in novelty.items()), flush=True)  # fmt: skip
+
+    inits = compare_inits(denoiser, train, test, options)
+    print(f"\nAccuracy (%) after steps of Adam, mean and deviation over {options.seeds} seeds:")
+    print(inits_table(inits), flush=True)
+
+    repaired = repairs(denoiser, train, test, options)
+    print("\nA trained TargetCNN, accuracy (%) when damaged, and denoised without data:")
+    print(table(["Damage", "Before", "Damaged", "Denoised"], [
+        [row["damage"], *(f"{row[key]:.2f}" for key in ("before", "damaged", "denoised"))] for row in repaired
+    ]), flush=True)  # fmt: skip
+    rounding = rounding_errors(denoiser, unseen, options)
+    print("\nMatrices of families never seen, rounded to 3 bits: relative squared error before and after denoising")
+    print(table(["Family", "Rounded", "Denoised"], [
+        [row["family"], f"{row['rounded']:.4f}", f"{row['denoised']:.4f}"] for row in rounding
+    ]), flush=True)  # fmt: skip
+
+    rewarded = score_as_reward(train, test, options)
+    print(f"\nThe score as a reward without data, {options.evaluations} evaluations of random search:")
+    print(table(["Start", "Score Before", "Score After", "Accuracy Before (%)", "Accuracy After"], [
+        [row["start"], f"{row['score_before']:.3f}", f"{row['score_after']:.3f}", f"{row['accuracy_before']:.2f}",
+         f"{row['accuracy_after']:.2f}"] for row in rewarded
+    ]), flush=True)  # fmt: skip
+    record = {
+        "denoising": denoised, "detection": detected, "distance_to_training": novelty, "inits": inits,
+        "repairs": repaired, "rounding": rounding, "reward": rewarded,
+    }  # fmt: skip
+    save_json(options.results, record)
+    print(f"\nResults saved to {options.results}")
+    plot(generated, unseen, inits, options.plot)
+    print(f"Plot saved to {options.plot}")
+
+
+# ---- denoising and generating ---------------------------------------------------------------------------------------
+
+
+def denoising(denoiser: Denoiser, unseen: dict[str, list[Tensor]], options: argparse.Namespace) -> list[dict]:
+    """For each family and deviation of the noise, the error of every method."""
+    return [
+        {"family": family, "sigma": sigma} | {"errors": held_out_errors(denoiser, matrices, sigma, options.matrices)}
+        for sigma in EVALUATED_SIGMAS
+        for family, matrices in unseen.items()
+    ]
+
+
+def denoising_table(rows: list[dict]) -> str:
+    def gain(row: dict) -> float:
+        return 100 * (against_best(row["errors"]) - 1)
+
+    lines = [
+        [f"{row['sigma']:g}", row["family"], *(f"{error:.4f}" for error in row["errors"].values()), f"{gain(row):+.1f}"]
+        for row in rows
+    ]
+    for sigma in EVALUATED_SIGMAS:
+        gains = [gain(row) for row in rows if row["sigma"] == sigma]
+        lines.append([f"{sigma:g}", "(mean)", *["-"] * (len(CLASSICAL) + 1), f"{fmean(gains):+.1f}"])
+    return table(["Deviation", "Family", *CLASSICAL, "Learned", "Against the Best (%)"], lines)
+
+
+def pieces_of(corpus: dict[str, list[Tensor]], families: list[str], most: int, seed: int) -> dict[str, list[Tensor]]:
+    """Square pieces, as large as the generated matrices, of at most so many matrices of each family that has any."""
+    draw = random.Random(seed)
+    large = {name: [matrix for matrix in corpus[name] if min(matrix.shape) >= GENERATED_SIDE] for name in families}
+    return {
+        name: [batch_of([matrix], GENERATED_SIDE, GENERATED_SIDE, draw)[0] for matrix in matrices[:most]]
+        for name, matrices in large.items()
+        if matrices
+    }
+
+
+def signatures_of(matrices: list[Tensor]) -> Tensor:
+    return as_tensor([signature(matrix) for matrix in matrices])
+
+
+def detection(generated: Tensor, corpus: dict[str, list[Tensor]], options: argparse.Namespace) -> list[dict]:
+    """Areas under the curve of real matrices of families never seen against generated and Gaussian ones.
+
+    The first detector is the scorer of signatures, which knows no generated matrices: of each family, the member that
+    has not seen it. The second is taught on half of the matrices in question and on the families that the denoiser has
+    seen.
+    """
+    torch.manual_seed(options.seed)
+    unseen = pieces_of(corpus, [name for name in HELD_OUT if name in corpus], options.matrices, options.seed)
+    seen = pieces_of(corpus, [name for name in corpus if name not in HELD_OUT], options.matrices, options.seed)
+    others = {"generated": signatures_of(list(generated)), "Gaussian": signatures_of(list(torch.randn_like(generated)))}
+    real = {name: signatures_of(matrices) for name, matrices in unseen.items()}
+    taught_with = torch.cat([signatures_of(matrices) for matrices in seen.values()])
+    scorer = load_scorer()
+    rows = [{"detector": "scorer of signatures"}, {"detector": "taught on such matrices"}]
+    with torch.no_grad():
+        for name, signatures in others.items():
+            rows[0][name] = fmean(
+                area(scorer(real[family])[member], scorer(signatures)[member])
+                for member, family in enumerate(scorer.families)
+                if family in real
+            )
+    for name, signatures in others.items():
+        known, kept = signatures[::2], signatures[1::2]
+        kind = torch.cat([torch.zeros(len(taught_with)), torch.ones(len(known))]).long()
+        one = torch.ones_like(kind)  # a family that no member is kept from
+        everything = Table(torch.cat([taught_with, known]), one, kind, one.bool(), ["(none left out)"])
+        detector = trained_scorer(everything, DETECTOR_STEPS, options.seed, torch.device("cpu"))
+        with torch.no_grad():
+            rows[1][name] = fmean(area(detector(found)[0], detector(kept)[0]) for found in real.values())
+    return rows
+
+
+def distances_to_training(
+    generated: Tensor, corpus: dict[str, list[Tensor]], options: argparse.Namespace
+) -> dict[str, float]:
+    """Mean distance of singular values from those of the nearest piece of a matrix that the denoiser has learned from.
+
+    They know nothing of the order of rows and columns, nor of rotations: a copy, however disguised, has the same.
+    """
+
+    def spectra(matrices: list[Tensor]) -> Tensor:
+        return nn.functional.normalize(torch.linalg.svdvals(torch.stack(matrices)), dim=1)
+
+    pieces = {
+        kind: [one for matrices in pieces_of(corpus, families, 10**9, options.seed).values() for one in matrices]
+        for kind, families in {
+            "seen": [name for name in corpus if name not in HELD_OUT],
+            "real, of families never seen": [name for name in HELD_OUT if name in corpus],
+        }.items()
+    }
+    seen = spectra(pieces.pop("seen"))
+    kinds = {"generated": list(generated), **pieces, "Gaussian": list(torch.randn_like(generated))}
+    return {name: torch.cdist(spectra(one), seen).amin(1).mean().item() for name, one in kinds.items() if one}
+
+
+# ---- initial weights ------------------------------------------------------------------------------------------------
+
+
+def deep_convolutions() -> nn.Sequential:
+    """Ten convolutions without norms, pooled twice."""
+    layers = [conv(1, 32), *(conv(32, 32) for _ in range(4)), nn.MaxPool2d(2), *(conv(32, 32) for _ in range(5))]
+    return nn.Sequential(*layers, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 10))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "TargetCNN": TargetCNN,
+    "MLP of 8 hidden layers": lambda: mlp([128] * 8),
+    "10 convolutions without norms": deep_convolutions,
+}
+
+
+def each_weight(module: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() > 1:
+                parameter.copy_(fill(parameter))
+
+
+def spectrum_matched(module: nn.Module, denoiser: Denoiser, seed: int) -> None:
+    """The singular values of generated weights with random singular vectors."""
+    initialise(module, seed, denoiser)
+    each_weight(module, lambda w: same_spectrum(w.flatten(1)).view(w.shape))
+
+
+# (module, denoiser, seed), in place; one more init is one more entry.
+INITS: dict[str, Callable[[nn.Module, Denoiser, int], None]] = {
+    "PyTorch's default": lambda module, denoiser, seed: None,
+    "Kaiming normal": lambda module, denoiser, seed: each_weight(module, nn.init.kaiming_normal_),
+    "orthogonal": lambda module, denoiser, seed: each_weight(module, lambda w: nn.init.orthogonal_(w, math.sqrt(2))),
+    "spectrum of generated": spectrum_matched,
+    "generated": lambda module, denoiser, seed: initialise(module, seed, denoiser),
+}
+
+
+def compare_inits(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse.Namespace) -> list[dict]:
+    """Accuracies in percent after steps of Adam, for each network and init, over seeds."""
+    rows = []
+    for name, build in NETWORKS.items():
+        for init, fill in INITS.items():
+            accuracies = []
+            for seed in range(options.seed, options.seed + options.seeds):
+                torch.manual_seed(seed)
+                network = build().to(options.device)
+                fill(network, denoiser, seed)
+                network.to(memory_format=torch.channels_last)
+                accuracies.append(over_steps(network, train, test, seed, f"{name}, {init}"))
+            rows.append({"network": name, "init": init, "accuracy_percent": accuracies})
+    return rows
+
+
+def over_steps(network: nn.Module, train: Dataset, test: Dataset, seed: int, label: str) -> list[float]:
+    """Accuracies in percent after so many steps of Adam as `AFTER` says."""
+    adam = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
+    torch.manual_seed(seed)
+    order = torch.randperm(len(train.labels)).to(train.labels.device)
+    found, done = [], 0
+    for steps in AFTER:
+        part = order[done * BATCH_SIZE : steps * BATCH_SIZE]
+        if len(part):
+            train_epoch(network, adam, train[part], BATCH_SIZE, fast_bf16(train.images.device), label)
+        done = steps
+        found.append(accuracy_of(network, test).accuracy_percent)
+    return found
+
+
+def inits_table(rows: list[dict]) -> str:
+    return table(["Network", "Init", *(f"{steps} Steps" for steps in AFTER)], [
+        [row["network"], row["init"],
+         *(f"{fmean(column):.2f} +- {pstdev(column):.2f}" for column in zip(*row["accuracy_percent"], strict=True))]
+        for row in rows
+    ])  # fmt: skip
+
+
+# ---- repairs and rewards --------------------------------------------------------------------------------------------
+
+
+def rounded(tensor: Tensor, bits: int = 3) -> tuple[Tensor, float]:
+    """Each entry rounded to one of 2 ** bits values, evenly spaced over the range of the tensor; and the deviation of
+    the error, relative to the root mean square, that is to be expected of that."""
+    low, high = tensor.min(), tensor.max()
+    step = (high - low) / (2**bits - 1)
+    error = step.square() / 12
+    found = ((tensor - low) / step).round() * step + low
+    return found, (error / (found.square().mean() - error).clamp(min=error / 10)).sqrt().item()
+
+
+def repairs(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse.Namespace) -> list[dict]:
+    """Accuracies in percent of a trained TargetCNN before and after damage, and after it was denoised.
+
+    How large the noise is, the repair is told; of rounding it knows the number of bits.
+    """
+    *_, network = trained_networks(options, options.seed, train, 2, "to be repaired")
+    before = accuracy_of(network, test).accuracy_percent
+    own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def noise(sigma: float) -> Callable[[Tensor], tuple[Tensor, float]]:
+        return lambda w: (
+            w + sigma * w.square().mean().sqrt() * torch.randn(w.shape, generator=generator).to(w), sigma
+        )  # fmt: skip
+
+    damages = {f"noise of {sigma:g} deviations": noise(sigma) for sigma in (0.5, 1.0, 1.5)}
+    damages |= {"rounded to 3 bits": rounded, "rounded to 2 bits": lambda w: rounded(w, 2)}
+    rows = []
+    for name, damage in damages.items():
+        damaged, denoised = dict(own), dict(own)
+        for key, weight in own.items():
+            if weight.dim() > 1:
+                damaged[key], sigma = damage(weight)
+                denoised[key] = repair(damaged[key], sigma, denoiser)
+        row = {"damage": name, "before": before}
+        for key, state in (("damaged", damaged), ("denoised", denoised)):
+            network.load_state_dict(state)
+            row[key] = accuracy_of(network, test).accuracy_percent
+        rows.append(row)
+    return rows
+
+
+def rounding_errors(denoiser: Denoiser, unseen: dict[str, list[Tensor]], options: argparse.Namespace) -> list[dict]:
+    """For each family, the mean squared error of matrices rounded to 3 bits, before and after they were denoised."""
+    rows = []
+    for family, matrices in unseen.items():
+        found = []
+        for matrix in matrices[: options.matrices]:
+            clean = matrix.to(options.device)
+            damaged, sigma = rounded(clean)
+            denoised = repair(damaged, sigma, denoiser)
+            squares = [(one - clean).square().mean() / clean.square().mean() for one in (damaged, denoised)]
+            found.append(torch.stack(squares).tolist())
+        before, after = map(fmean, zip(*found, strict=True))
+        rows.append({"family": family, "rounded": before, "denoised": after})
+    return rows
+
+
+def score_as_reward(train: Dataset, test: Dataset, options: argparse.Namespace) -> list[dict]:
+    """What a random search for a higher mean score of its weights does to a TargetCNN's accuracy."""
+    scorer = load_scorer()
+    rows = []
+    for start, parts in (("random init", 0), ("an epoch of Adam", 1)):
+        *_, network = trained_networks(options, options.seed, train, parts, start)
+        network = network.cpu()
+        before = network_score(scorer, network), accuracy_of(network.to(options.device), test).accuracy_percent
+        best = before[0]
+        generator = torch.Generator().manual_seed(options.seed)
+        for _ in range(options.evaluations):
+            network.cpu()
+            own = [parameter.detach().clone() for parameter in network.parameters()]
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    if parameter.dim() > 1:  # a random direction of rank one
+                        left, right = (torch.randn(n, generator=generator) for n in parameter.flatten(1).shape)
+                        change = torch.outer(left, right).view(parameter.shape)
+                        parameter += 0.3 * parameter.square().mean().sqrt() * change
+            found = network_score(scorer, network)
+            if found > best:
+                best = found
+            else:
+                with torch.no_grad():
+                    for parameter, value in zip(network.parameters(), own, strict=True):
+                        parameter.copy_(value)
+        after = accuracy_of(network.to(options.device), test).accuracy_percent
+        rows.append({"start": start, "score_before": before[0], "score_after": best, "accuracy_before": before[1],
+                     "accuracy_after": after})  # fmt: skip
+    return rows
+
+
+def plot(generated: Tensor, unseen: dict[str, list[Tensor]], inits: list[dict], path: Path) -> None:
+    """Save the spectra of generated and real matrices, and the accuracies from each init."""
+    figure = new_figure(19, 4.8)
+    panels = figure.subplots(1, 1 + len(NETWORKS))
+    real = [one for matrices in pieces_of(unseen, list(unseen), 8, 0).values() for one in matrices]
+    kinds = {"real, families never seen": (real, "#000000"), "generated": (list(generated), "#0072B2"),
+             "Gaussian": ([torch.randn_like(generated[0]) for _ in range(len(generated))], "#D55E00")}  # fmt: skip
+    for name, (matrices, colour) in kinds.items():
+        if matrices:
+            values = torch.stack([torch.linalg.svdvals(matrix) for matrix in matrices]) / math.sqrt(GENERATED_SIDE)
+            low, middle, high = values.quantile(torch.tensor([0.1, 0.5, 0.9]), dim=0)
+            places = range(1, GENERATED_SIDE + 1)
+            panels[0].loglog(places, middle, color=colour, label=name)
+            panels[0].fill_between(places, low.clamp(min=1e-4), high, color=colour, alpha=0.15)
+    panels[0].set(title="spectra (band: 10 to 90 %)", xlabel="place", ylabel="singular value / root of the side")
+    panels[0].set_ylim(bottom=1e-3)
+    panels[0].legend(fontsize=8)
+    for panel, network in zip(panels[1:], NETWORKS, strict=True):
+        for row in inits:
+            if row["network"] == network:
+                errors = 100 - torch.tensor(row["accuracy_percent"])
+                spread = errors.std(0, correction=0)
+                panel.errorbar(AFTER, errors.mean(0), spread, marker="o", capsize=3, label=row["init"])
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks(AFTER, map(str, AFTER))
+        panel.minorticks_off()
+        panel.set(title=network, xlabel="steps of Adam", ylabel="test error (%)")
+        panel.grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
+    save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    run_script(main)
