@@ -734,6 +734,21 @@ def test_evaluate_prints_its_tables_and_saves_everything(tmp_path):
     assert (tmp_path / "u.json").exists()
 
 
+def test_what_adam_reaches_is_recorded_for_every_network():
+    recorded = evaluate.recorded_adam()
+    assert recorded.keys() == EVALUATED.keys()
+    assert all(adam["epoch_percent"] > adam["random_first_steps_percent"] > 10 for adam in recorded.values())
+
+
+def test_networks_run_in_either_layout():
+    images = torch.randn(2, 1, 28, 28)
+    for name in ("PyTorch example", "PyTorch example, older"):
+        torch.manual_seed(0)
+        network = EVALUATED[name]().eval()
+        expected = network(images)
+        torch.testing.assert_close(evaluate.in_fastest_layout(network, images)(images), expected, rtol=1e-3, atol=1e-4)
+
+
 def test_evaluate_holds_networks_against_adam(tmp_path, monkeypatch, capsys, digits):
     names = ["TargetCNN", "PyTorch example, older"]
     monkeypatch.setattr(evaluate, "EVALUATED", {name: EVALUATED[name] for name in names})

@@ -134,7 +134,7 @@ def main() -> None:
     print(f"ensemble of {options.inits}: Accuracy = {ensemble:.2f}%, the best of them alone: {best:.2f}%")
 
     record = {
-        "synthesizer": str(options.synthesizer), "seed": options.seed, "inits": options.inits,
+        "synthesizer": options.synthesizer.name, "seed": options.seed, "inits": options.inits,
         "milliseconds_to_write": milliseconds, "networks": networks, "first_steps": starts, "steps": steps,
         "training": training, "error_overlap": novelty,
         "ensemble": {"networks": options.inits, "accuracy_percent": ensemble, "best_single_percent": best},

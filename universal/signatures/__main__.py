@@ -62,7 +62,7 @@ def main() -> None:
         print(f"{line_of(summaries[-1])}\n", flush=True)
         tensors += [{"file": str(file)} | row for row in rows]
         if options.plot:
-            spectra += [(row["name"], weights[row["name"]]) for row in rows]
+            spectra += [(f"{file.name}: {row['name']}", weights[row["name"]]) for row in rows]
             spectra = sorted(spectra, key=lambda item: -item[1].numel())[:SPECTRA]
     if not summaries:
         raise (
@@ -145,6 +145,8 @@ def tensors_table(rows: list[dict]) -> str:
 
 def plot(tensors: list[dict], spectra: list[tuple[str, Tensor]], path: Path) -> None:
     """Save the spectra of the largest tensors against the Marchenko-Pastur law, and the scores along depth."""
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(13, 9)
     grid = figure.add_gridspec(3, 3)
     for place, (name, tensor) in enumerate(spectra):
@@ -165,6 +167,7 @@ def plot(tensors: list[dict], spectra: list[tuple[str, Tensor]], path: Path) -> 
         )  # fmt: skip
     panel.set(title="scores along depth (band: spread)", xlabel="tensor", ylabel="probability of being trained")
     panel.set_ylim(-0.02, 1.02)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.grid(alpha=0.3)
     if len({row["file"] for row in tensors}) <= 8:
         panel.legend(loc="lower right", fontsize=8)
@@ -173,6 +176,8 @@ def plot(tensors: list[dict], spectra: list[tuple[str, Tensor]], path: Path) -> 
 
 def draw_spectrum(panel, eigenvalues: Tensor, rows: int, columns: int) -> None:
     """The distribution of the logarithm of the eigenvalues, and that of random entries."""
+    from matplotlib.ticker import NullFormatter
+
     low, high = bulk(rows, columns)
     low = max(low, 1e-3)
     ends = [min(eigenvalues.min().item(), low) * 0.8, max(eigenvalues.max().item(), high) * 1.25]
@@ -184,6 +189,7 @@ def draw_spectrum(panel, eigenvalues: Tensor, rows: int, columns: int) -> None:
     density = ((high - x) * (x - low)).clamp(min=0).sqrt() / (2 * torch.pi * rows / columns)  # times x / x
     panel.plot(x, density, color="#D55E00", label="random entries")
     panel.set_xscale("log")
+    panel.xaxis.set_minor_formatter(NullFormatter())  # labels between powers of ten run into each other
     panel.set(xlabel="eigenvalue of W W' / columns", ylabel="density of its logarithm")
     panel.legend(fontsize=7)
 
