@@ -28,6 +28,10 @@ class UserError(Exception):
         return one_line(super().__str__())
 
 
+class MissingPackage(UserError):
+    """An optional package is needed to read a file."""
+
+
 def one_line(text: str) -> str:
     """The lines of `text` as one: it may quote what a user or another program has written."""
     return " ".join(line.strip() for line in text.splitlines())
@@ -38,12 +42,18 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
+def program() -> str:
+    """What the user runs: the name of a script, or of a package."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.stem == "__main__" else path.name
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
     try:
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program()}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -121,7 +131,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage, and whose help states the defaults."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=HelpFormatter)
+        super().__init__(prog=program(), description=description, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
@@ -149,6 +159,29 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="for tuning: hold out this many training images and score on them instead of the test images",
     )
+
+
+def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str) -> None:
+    """The options of a script that saves a picture and a record, by default under these names."""
+    parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot), help="picture to save")
+    parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
+
+
+def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
+    """The options of a training that goes on where it was killed (`resume_training`)."""
+    parser.add_argument(
+        "--report-every",
+        type=number(int, 1, 10**8),
+        default=report_every,
+        help="steps between progress lines and saved states",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=output_file(".pth"),
+        default=Path(checkpoint),
+        help="state to go on from, deleted at the end",
+    )
+    parser.add_argument("--out", type=output_file(".pth"), default=out, help="file to write")
 
 
 def default_device() -> str:
@@ -191,7 +224,7 @@ def load_file(path: Path, maker: str, mmap: bool = False):
         with warnings.catch_warnings(action="ignore"):  # of what the error says too
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except ImportError as error:
-        raise UserError(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
+        raise MissingPackage(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
     except Exception as error:  # both raise whatever the broken bytes lead to
         raise UserError(f"{path}: {why_not_read(error)} make it again with {maker}") from error
 
@@ -284,6 +317,34 @@ def save_tensors(path: Path, content) -> None:
             torch.save(content, stream)
 
     save_file(path, write)
+
+
+def save_training(path: Path, settings: dict, step: int, seconds: float, parts: dict) -> None:
+    """Save the state of a training after so many steps and `seconds`; `parts` have a state_dict each.
+
+    Raises UserError if it cannot be written.
+    """
+    states = {name: part.state_dict() for name, part in parts.items()}
+    progress = {"step": step, "seconds": seconds}
+    save_tensors(path, {"settings": settings, "progress": progress, "states": states})
+
+
+def resume_training(path: Path, settings: dict, parts: dict, maker: str) -> tuple[int, float]:
+    """Load what `save_training` saved into `parts`, if there is such a file: the steps and seconds so far.
+
+    Raises UserError if it is broken or of other `settings`.
+    """
+    if not path.exists():
+        return 0, 0.0
+    content = load_file(path, maker=maker)
+    try:
+        if content["settings"] != settings:
+            raise UserError(f"{path}: is of a training with other options: delete it or choose another --checkpoint")
+        for name, part in parts.items():
+            part.load_state_dict(content["states"][name])
+        return content["progress"]["step"], content["progress"]["seconds"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
 
 
 def save_json(path: Path, content) -> None:

@@ -19,7 +19,7 @@ import evaluate_generalization
 import train_diffusion
 import train_target_model
 from diffusion_model import SpanDiffusion, save_diffusion
-from scripting import UserError
+from scripting import UserError, run_script
 from target_cnn import (
     Dataset,
     TargetCNN,
@@ -252,6 +252,17 @@ def test_every_option_states_its_meaning_and_default(command, monkeypatch, capsy
         match = re.fullmatch(form, " ".join(option.split()))
         assert match, option
         assert len(set(match["meaning"].lower().split()) - set(match[1].split("-"))) > 1, option
+
+
+@pytest.mark.parametrize(("path", "name"), [("universal/signatures/__main__.py", "signatures"), ("a/b.py", "b.py")])
+def test_errors_name_what_the_user_runs(path, name, monkeypatch, capsys):
+    def fail():
+        raise UserError("reason")
+
+    monkeypatch.setattr(sys, "argv", [path])
+    with pytest.raises(SystemExit):
+        run_script(fail)
+    assert capsys.readouterr().err == f"{name}: error: reason\n"
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------

@@ -30,9 +30,9 @@ from universal.signatures import (
     trials,
 )
 from universal.signatures.corpus import LIST, families, matrices_of
-from universal.signatures.denoising import CLASSICAL, HELD_OUT, Denoiser
+from universal.signatures.denoising import CLASSICAL, Denoiser
 from universal.signatures.files import files_below, read_weights
-from universal.signatures.matrices import cropped, load_corpus
+from universal.signatures.matrices import HELD_OUT, cropped, load_corpus
 from universal.signatures.nulls import INITS, NULL_MODELS, UNTRAINED
 from universal.signatures.statistics import SCORED, alignment, matrix_of, tail_exponent
 
@@ -78,6 +78,7 @@ def test_random_entries_keep_to_the_bulk_and_trained_like_ones_do_not():
     torch.manual_seed(0)
     noise, trained = signature(torch.randn(200, 300)), signature(structured(200, 300))
     assert noise["outside_bulk"] <= 0.01 < trained["outside_bulk"]
+    assert noise["log_top_eigenvalue"] == pytest.approx(0, abs=0.1)  # the largest one lies at the edge
     assert noise["kurtosis"] == pytest.approx(3, abs=0.1) and noise["sparsity"] == pytest.approx(0.04, abs=0.01)
     assert trained["stable_rank"] < 0.3 * noise["stable_rank"]
     singular = torch.linalg.svdvals(structured(200, 300).double())
@@ -190,6 +191,14 @@ def test_files_of_every_format_are_read(tmp_path):
     assert list(weights) == ["w"] and list(left_out) == ["o"]
 
 
+def test_what_a_file_holds_several_times_is_read_once(tmp_path):
+    nested = [torch.randn(4, 6)]
+    for _ in range(3):
+        nested = [nested, nested]
+    torch.save(nested, tmp_path / "shared.pth")
+    assert list(read_weights(tmp_path / "shared.pth").weights) == ["0.0.0.0"]
+
+
 def test_safetensors_of_a_sharded_directory_are_read(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     for shard in (1, 2):
@@ -239,10 +248,11 @@ def bad_files(directory: Path) -> dict[str, Path]:
     torch.save({"a": Malicious(), "w": torch.randn(3, 4)}, directory / "code.pth")
     (directory / "broken.npz").write_bytes(b"PK\3\4broken")
     (directory / "broken.pt").write_bytes(b"nothing")
+    (directory / "text.npz").write_text("a,b")
     return {
         "NaN": directory / "nan.pth", "holds no weights": directory / "vectors.pth",
         "never executed": directory / "code.pth", "is damaged": directory / "broken.pt",
-        "damaged": directory / "broken.npz",
+        "damaged": directory / "broken.npz", "not what its name says": directory / "text.npz",
     }  # fmt: skip
 
 
@@ -325,7 +335,8 @@ def test_a_broken_file_in_a_directory_is_named_and_the_rest_is_read(tmp_path, mo
     torch.save({"w": torch.randn(20, 30)}, tmp_path / "good.pth")
     (tmp_path / "bad.pth").write_bytes(b"nothing")
     torch.save({"lr": 0.1}, tmp_path / "training_args.bin")  # holds no weights, which is no failure
-    with pytest.raises(UserError, match="1 of 3 files cannot be read"):
+    torch.save({"w": torch.randn(5, 1)}, tmp_path / "column.pth")
+    with pytest.raises(UserError, match="1 of 4 files cannot be read"):
         main_of(signatures, monkeypatch, tmp_path, "--json", tmp_path / "s.json")
     printed = capsys.readouterr()
     assert "good.pth: 1 tensors, 600 weights" in printed.out
@@ -409,6 +420,19 @@ def test_the_scorer_is_trained_and_studied(tmp_path, monkeypatch, capsys, small_
     saved = json.loads((tmp_path / "s.json").read_text())
     assert saved["areas"].keys() == UNTRAINED.keys() and saved["quality"].keys() == study.QUESTIONS.keys()
     assert_png(tmp_path / "s.png", 2250, 1500)
+
+
+def test_a_member_learns_nothing_of_its_own_family():
+    """In the first family trained matrices are those that are not in the second."""
+    torch.manual_seed(0)
+    family, kind = torch.randint(2, (400,)), torch.randint(2, (400,))
+    values = torch.randn(400, len(SCORED))
+    values[:, 0] += 6.0 * ((kind == 0) == (family == 1))
+    table = detection.Table(values, family, kind, kind >= 0, ["first", "second"])
+    trained = detection.trained_scorer(table, 60, 0, torch.device("cpu"))
+    assert (detection.areas_of(detection.held_out_logits(trained, table), table)[0] < 0.2).all()
+    with pytest.raises(UserError, match="different families"):
+        detection.held_out_logits(trained, table._replace(families=["second", "first"]))
 
 
 def test_wrong_files_of_the_study_get_one_line(tmp_path, refusal):

@@ -419,7 +419,8 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("TargetCNN", 98.0), ("MLP 784-256-128-10", 97.2), ("BatchNorm, 4 convolutions", 98.0)]
+    ("name", "least"),
+    [("TargetCNN", 98.0), ("MLP 784-256-128-10", 97.2), ("5 convolutions", 97.0), ("BatchNorm, 4 convolutions", 98.0)],
 )
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
@@ -732,6 +733,27 @@ def test_evaluate_prints_its_tables_and_saves_everything(tmp_path):
         assert name in result.stdout
     assert (tmp_path / "u.png").stat().st_size > 10_000
     assert (tmp_path / "u.json").exists()
+
+
+def test_a_broken_record_of_adam_gets_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "RECORDED", tmp_path / "results.json")
+    for content in ("{", "{}", json.dumps({"networks": [{"name": "TargetCNN", "adam": None}]})):
+        (tmp_path / "results.json").write_text(content)
+        with pytest.raises(UserError, match=r"results\.json: is missing or damaged"):
+            evaluate.recorded_adam()
+
+
+def test_a_widened_synthesiser_writes_the_same():
+    torch.manual_seed(0)
+    narrow = GraphWeightSynthesizer(probes=20, convolution_probes=20, hidden=64).eval()
+    wide = train.widened(narrow)
+    assert wide.settings["hidden"] == GraphWeightSynthesizer(probes=20).settings["hidden"] > 64
+    assert train.widened(wide) is wide
+    graph = ComputationGraph(cnn([4, 6], 8))
+    with torch.no_grad():
+        expected, found = (one(graph, random_weights(graph, 0)) for one in (narrow, wide))
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_what_adam_reaches_is_recorded_for_every_network():

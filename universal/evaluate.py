@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from diffusion_model import rollout
 from scripting import (
+    UserError,
     add_data_options,
+    add_output_options,
     number,
     option_parser,
-    output_file,
     run_script,
     save_file,
     save_json,
@@ -69,12 +70,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--generated-lr", type=number(float, 1e-9, 1e3), default=1e-4, help="Adam's from those written")
     parser.add_argument("--random-lr", type=number(float, 1e-9, 1e3), default=1e-3, help="Adam's from random weights")
-    parser.add_argument(
-        "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path("assets/universal.png"), help="picture to save"
-    )
-    parser.add_argument(
-        "--results", type=output_file(".json"), default=Path("universal_results.json"), help="record to save"
-    )
+    add_output_options(parser, plot="assets/universal.png", results="universal_results.json")
     add_data_options(parser)
     return parser.parse_args()
 
@@ -184,9 +180,15 @@ def in_fastest_layout(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def recorded_adam() -> dict[str, dict]:
-    """What Adam reaches from random weights of each network, by name, as the committed record has it."""
-    networks = json.loads(RECORDED.read_text())["networks"]
-    return {network["name"]: network["adam"] | {"generated_first_steps_percent": None} for network in networks}
+    """What Adam reaches from random weights of each network, by name, as the committed record has it.
+
+    Raises UserError if that is missing or damaged.
+    """
+    try:
+        networks = json.loads(RECORDED.read_text())["networks"]
+        return {network["name"]: network["adam"] | {"generated_first_steps_percent": None} for network in networks}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{RECORDED}: is missing or damaged: restore it from git, or leave out --epochs 0") from error
 
 
 def mean_after_first_steps(networks: list[dict]) -> dict[str, float] | None:

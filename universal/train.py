@@ -30,12 +30,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from scripting import (
     UserError,
     add_data_options,
+    add_training_options,
     load_file,
     number,
     option_parser,
-    output_file,
+    resume_training,
     run_script,
-    save_tensors,
+    save_training,
 )
 from target_cnn import Dataset, fast_bf16, score, scoring_data, training_data
 from universal.architectures import draw_architecture
@@ -66,18 +67,9 @@ def parse_options() -> argparse.Namespace:
         "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: fp32 on a CPU, else the faster"
     )
     parser.add_argument(
-        "--report-every", type=number(int, 1, 10**8), default=250, help="steps between progress lines and saved states"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=output_file(".pth"),
-        default=Path("universal_training.pth"),
-        help="state to go on from, deleted at the end",
-    )
-    parser.add_argument(
         "--start-from", type=Path, help="a synthesiser, or the state of a training, to train on from (default: nothing)"
     )
-    parser.add_argument("--out", type=output_file(".pth"), default=SYNTHESIZER, help="file to write")
+    add_training_options(parser, report_every=250, checkpoint="universal_training.pth", out=SYNTHESIZER)
     add_data_options(parser)
     parser.set_defaults(validation=2000)
     return parser.parse_args()
@@ -274,33 +266,19 @@ class Training:
 
     def save(self) -> None:
         """Save the state. Raises UserError if it cannot be written."""
-        states = {name: part.state_dict() for name, part in self.parts().items()}
-        progress = {"step": self.step, "seconds": self.seconds}
-        save_tensors(self.options.checkpoint, {"settings": self.settings(), "progress": progress, "states": states})
+        save_training(self.options.checkpoint, self.settings(), self.step, self.seconds, self.parts())
 
     def resume(self) -> None:
         """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
         path = self.options.checkpoint
-        if not path.exists():
-            return
-        content = load_file(path, maker=MAKER)
-        try:
-            if content["settings"] != self.settings():
-                raise UserError(
-                    f"{path}: is of a training with other options: delete it or choose another --checkpoint"
-                )
-            for name, part in self.parts().items():
-                part.load_state_dict(content["states"][name])
-            self.step, self.seconds = content["progress"]["step"], content["progress"]["seconds"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
-        if self.rank == 0:
+        self.step, self.seconds = resume_training(path, self.settings(), self.parts(), MAKER)
+        if self.step and self.rank == 0:
             print(f"Going on from step {self.step}, saved in {path}", flush=True)
 
 
 def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
-    """The synthesiser saved at `path`, or the average of the training whose state is saved there; widened, if it is
-    narrower than new ones are.
+    """The synthesiser saved at `path`, `widened` to what new ones have, or the average of the training whose state is
+    saved there.
 
     Raises UserError if the file is neither.
     """

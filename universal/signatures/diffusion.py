@@ -18,19 +18,27 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from scripting import UserError, load_file, number, option_parser, output_file, run_script, save_tensors
+from scripting import (
+    UserError,
+    add_training_options,
+    number,
+    option_parser,
+    resume_training,
+    run_script,
+    save_tensors,
+    save_training,
+)
 from universal.signatures.denoising import (
     CLASSICAL,
     DENOISER,
     EVALUATED_SIGMAS,
-    HELD_OUT,
     MAKER,
     Denoiser,
     against_best,
     errors,
     held_out_errors,
 )
-from universal.signatures.matrices import CORPUS, batch_of, load_corpus
+from universal.signatures.matrices import CORPUS, batch_of, load_split
 
 SIGMAS = (0.1, 5.0)  # least and largest deviation of the noise; entries have 1
 SIDES = (12, 160)  # least and most rows and columns
@@ -44,28 +52,13 @@ def parse_options() -> argparse.Namespace:
         "--steps", type=number(int, 1, 10**8), default=20_000, help="batches of noisy matrices to learn from"
     )
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=2e-3, help="highest learning rate of AdamW")
-    parser.add_argument(
-        "--report-every", type=number(int, 1, 10**8), default=1000, help="steps between progress lines and saved states"
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=output_file(".pth"),
-        default=Path("denoiser_training.pth"),
-        help="state to go on from, deleted at the end",
-    )
-    parser.add_argument("--out", type=output_file(".pth"), default=DENOISER, help="file to write")
+    add_training_options(parser, report_every=1000, checkpoint="denoiser_training.pth", out=DENOISER)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    corpus = load_corpus(options.corpus)
-    seen = {family: matrices for family, matrices in corpus.items() if family not in HELD_OUT}
-    unseen = {family: corpus[family] for family in HELD_OUT if family in corpus}
-    if not seen or not unseen:
-        raise UserError(
-            f"{options.corpus}: needs families to learn from, and some of {', '.join(HELD_OUT)} beside them"
-        )
+    seen, unseen = load_split(options.corpus)
     torch.manual_seed(options.seed)
     denoiser = Denoiser().to(options.device)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(0.998))
@@ -73,7 +66,9 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, options.lr, total_steps=max(options.steps, 20), pct_start=0.1)
     parts = {"denoiser": denoiser, "average": average, "adam": adam, "schedule": schedule}
     settings = {"seed": options.seed, "steps": options.steps, "lr": options.lr, "families": list(seen)}
-    step, seconds = resume(options.checkpoint, settings, parts)
+    step, seconds = resume_training(options.checkpoint, settings, parts, MAKER)
+    if step:
+        print(f"Going on from step {step}, saved in {options.checkpoint}")
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     print(f"Using device: {options.device}")
     print(
@@ -81,12 +76,12 @@ def main() -> None:
         flush=True,
     )
     while step < options.steps:
-        start, losses = time.perf_counter(), []
-        for step in range(step, min(step + options.report_every, options.steps)):  # noqa: B020
+        start, losses, until = time.perf_counter(), [], min(step + options.report_every, options.steps)
+        while step < until:
             losses.append(one_step(denoiser, seen, adam, options, step))
             schedule.step()
             average.update_parameters(denoiser)
-        step += 1
+            step += 1
         seconds += time.perf_counter() - start
         if not math.isfinite(loss := torch.stack(losses).mean().item()):
             raise UserError(f"the loss is not finite after {step} steps, nothing saved: lower --lr")
@@ -102,31 +97,11 @@ def main() -> None:
             flush=True,
         )
         if step < options.steps:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            progress = {"step": step, "seconds": seconds}
-            save_tensors(options.checkpoint, {"settings": settings, "progress": progress, "states": states})
+            save_training(options.checkpoint, settings, step, seconds, parts)
     state = {name: tensor.cpu() for name, tensor in average.module.state_dict().items()}
     save_tensors(options.out, {"settings": denoiser.settings, "state_dict": state})
     options.checkpoint.unlink(missing_ok=True)
     print(f"Trained in {seconds / 60:.1f} min\nDenoiser saved to {options.out}")
-
-
-def resume(path: Path, settings: dict, parts: dict) -> tuple[int, float]:
-    """Load the saved state into `parts`, if there is one: steps and seconds so far. Raises UserError if it is broken or
-    of other options."""
-    if not path.exists():
-        return 0, 0.0
-    content = load_file(path, maker=MAKER)
-    try:
-        if content["settings"] != settings:
-            raise UserError(f"{path}: is of a training with other options: delete it or choose another --checkpoint")
-        for name, part in parts.items():
-            part.load_state_dict(content["states"][name])
-        step, seconds = content["progress"]["step"], content["progress"]["seconds"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
-    print(f"Going on from step {step}, saved in {path}", flush=True)
-    return step, seconds
 
 
 def one_step(

@@ -10,17 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripting import UserError, in_short, load_file, one_line
+from scripting import MissingPackage, UserError, in_short, load_file, one_line
 
 MAKER = "the program that wrote it"  # of these files
 
 
 class NoWeights(UserError):
     """A file can be read, but holds no weights."""
-
-
-class MissingPackage(UserError):
-    """An optional package is needed to read a file."""
 
 
 class Contents(NamedTuple):
@@ -174,16 +170,16 @@ def plain(tensor: Tensor) -> Tensor | str:
 
 
 def read_safetensors(path: Path, _) -> Found:
-    try:
-        import safetensors  # noqa: F401, an optional package
-    except ImportError as error:
-        raise MissingPackage(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
     yield from load_file(path, maker=MAKER).items()
 
 
 def read_npz(path: Path, _) -> Found:
     """Arrays that `numpy.savez` wrote; pickled ones are left out."""
-    with np.load(path, allow_pickle=False) as arrays:
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except ValueError as error:  # whose text recommends to unpickle it
+        raise UserError(f"{path}: is damaged or not what its name says: make it again with {MAKER}") from error
+    with archive as arrays:
         for name in arrays.files:
             try:
                 yield name, torch.from_numpy(np.atleast_1d(arrays[name]))

