@@ -18,6 +18,7 @@ from scripting import UserError, load_file
 from universal.signatures.matrices import batch_of
 
 DENOISER = Path(__file__).resolve().parent / "denoiser.pth"
+LARGEST = 8.0  # of what exchangeable layers see: a few huge entries would lead them where they have never been
 EVALUATED_SIGMAS = (0.25, 0.5, 1.0)
 EVALUATED_SIDE = 128
 MAKER = "python -m universal.signatures.diffusion"
@@ -132,7 +133,7 @@ class Denoiser(nn.Module):
             scaled, scaled.square().clamp(max=30), scaled.abs(), low_rank, learned, *even, start, spikes,
             (variance + 1e-3).log(), *(torch.full_like(scaled, number) for number in known),
         ], -1)  # fmt: skip
-        h = F.gelu(self.layers[0](x))
+        h = F.gelu(self.layers[0](x.clamp(-LARGEST, LARGEST)))
         for layer in self.layers[1:]:
             h = h + F.gelu(layer(h))
         shares = 0.3 * self.out(h)

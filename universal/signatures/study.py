@@ -209,7 +209,7 @@ def plot(areas: Tensor, families: list[str], quality: dict[str, dict], path: Pat
         errors = [max(100 - one["accuracy_percent"], 1e-2) for one in found["networks"]]
         panel.semilogy([one["score"] for one in found["networks"]], errors, "o", color="#0072B2", alpha=0.7)
         panel.invert_yaxis()
-        panel.set(title=f"{name}: rank correlation {rank_correlation(found['networks']):+.2f}",
+        panel.set(title=f"{name}:\nrank correlation {rank_correlation(found['networks']):+.2f}",
                   xlabel="mean score of the weights", ylabel="test error (%), good ones on top")  # fmt: skip
         panel.grid(alpha=0.3, which="both")
     save_figure(figure, path)
