@@ -50,6 +50,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--matrices", type=number(int, 2, 10_000), default=20, help="of each family; generated twice")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=5, help="networks trained from each init")
     parser.add_argument("--evaluations", type=number(int, 1, 10**6), default=300, help="scores that are asked for")
+    parser.add_argument(
+        "--deep", action="store_true", help="train 10 convolutions too, which take most of an hour or several"
+    )
     add_output_options(parser, plot="assets/generated_weights.png", results="signature_prior.json")
     add_data_options(parser)
     return parser.parse_args()
@@ -216,8 +219,8 @@ def deep_convolutions() -> nn.Sequential:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "TargetCNN": TargetCNN,
     "MLP of 8 hidden layers": lambda: mlp([128] * 8),
-    "10 convolutions without norms": deep_convolutions,
 }
+DEEP: dict[str, Callable[[], nn.Module]] = {"10 convolutions without norms": deep_convolutions}
 
 
 def each_weight(module: nn.Module, fill: Callable[[Tensor], Tensor]) -> None:
@@ -234,20 +237,24 @@ def spectrum_matched(module: nn.Module, denoiser: Denoiser, seed: int) -> None:
 
 
 # (module, denoiser, seed), in place; one more init is one more entry.
-INITS: dict[str, Callable[[nn.Module, Denoiser, int], None]] = {
-    "PyTorch's default": lambda module, denoiser, seed: None,
-    "Kaiming normal": lambda module, denoiser, seed: each_weight(module, nn.init.kaiming_normal_),
-    "orthogonal": lambda module, denoiser, seed: each_weight(module, lambda w: nn.init.orthogonal_(w, math.sqrt(2))),
-    "spectrum of generated": spectrum_matched,
-    "generated": lambda module, denoiser, seed: initialise(module, seed, denoiser),
-}
+# What fills a network, and the colour of its line.
+INITS: dict[str, tuple[Callable[[nn.Module, Denoiser, int], None], str]] = {
+    "PyTorch's default": (lambda module, denoiser, seed: None, "#000000"),
+    "Kaiming normal": (lambda module, denoiser, seed: each_weight(module, nn.init.kaiming_normal_), "#E69F00"),
+    "orthogonal": (
+        lambda module, denoiser, seed: each_weight(module, lambda w: nn.init.orthogonal_(w, math.sqrt(2))), "#009E73"
+    ),
+    "spectrum of generated": (spectrum_matched, "#CC79A7"),
+    "generated": (lambda module, denoiser, seed: initialise(module, seed, denoiser), "#0072B2"),
+}  # fmt: skip
 
 
 def compare_inits(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse.Namespace) -> list[dict]:
     """Accuracies in percent after steps of Adam, for each network and init, over seeds."""
     rows = []
-    for name, build in NETWORKS.items():
-        for init, fill in INITS.items():
+    networks = NETWORKS | (DEEP if options.deep else {})
+    for name, build in networks.items():
+        for init, (fill, _) in INITS.items():
             accuracies = []
             for seed in range(options.seed, options.seed + options.seeds):
                 torch.manual_seed(seed)
@@ -378,7 +385,8 @@ def score_as_reward(train: Dataset, test: Dataset, options: argparse.Namespace) 
 def plot(generated: Tensor, unseen: Families, inits: list[dict], path: Path) -> None:
     """Save the spectra of generated and real matrices, and the accuracies from each init."""
     figure = new_figure(19, 4.8)
-    panels = figure.subplots(1, 1 + len(NETWORKS))
+    networks = list(dict.fromkeys(row["network"] for row in inits))
+    panels = figure.subplots(1, 1 + len(networks))
     real = list(itertools.chain(*pieces_of(unseen, 8, 0).values()))
     kinds = {"real, families never seen": (real, "#000000"), "generated": (list(generated), "#0072B2"),
              "Gaussian": ([torch.randn_like(generated[0]) for _ in range(len(generated))], "#D55E00")}  # fmt: skip
@@ -392,14 +400,15 @@ def plot(generated: Tensor, unseen: Families, inits: list[dict], path: Path) -> 
     panels[0].set(title="spectra (band: 10 to 90 %)", xlabel="place", ylabel="singular value / root of the side")
     panels[0].set_ylim(bottom=1e-3)
     panels[0].legend(fontsize=8)
-    for panel, network in zip(panels[1:], NETWORKS, strict=True):
+    for panel, network in zip(panels[1:], networks, strict=True):
         for row in inits:
             if row["network"] == network:
                 errors = 100 - torch.tensor(row["accuracy_percent"])
                 spread = errors.std(0, correction=0)
-                panel.errorbar(AFTER, errors.mean(0), spread, marker="o", capsize=3, label=row["init"])
+                panel.errorbar(
+                    AFTER, errors.mean(0), spread, marker="o", capsize=3, label=row["init"], color=INITS[row["init"]][1]
+                )
         panel.set_xscale("log")
-        panel.set_yscale("log")
         panel.set_xticks(AFTER, map(str, AFTER))
         panel.minorticks_off()
         panel.set(title=network, xlabel="steps of Adam", ylabel="test error (%)")
