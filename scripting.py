@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 try:
     import fcntl
@@ -200,6 +201,17 @@ def device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine; try cpu") from error
     torch.backends.cudnn.deterministic = True  # the same seed must give the same weights
     return chosen
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """This process's rank and the number of processes, which `torchrun` sets."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1:
+        return 0, 1
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(dist.get_default_backend_for_device(device))
+    return dist.get_rank(), processes
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -20,25 +20,30 @@ MODEL_HELP = (
 
 
 def load_builder(text: str) -> Callable[[], nn.Module]:
-    """What builds the network that `text` names. Its arguments are literals; nothing of `text` is evaluated.
+    """What builds the network that `text`, of --model, names. Raises UserError as `load_callable` does."""
+    return partial(build_network, load_callable(text, "--model"), text)
+
+
+def load_callable(text: str, option: str) -> Callable:
+    """The function or class that `text` names, with the arguments that it may give: literals, never evaluated.
 
     Raises UserError, with the line of the user's file that is to blame, if there is none.
     """
     match = re.fullmatch(r"(?P<place>.+):(?P<name>[^\W\d]\w*)(?P<arguments>\(.*\))?", text.strip(), re.DOTALL)
     if not match:
-        raise UserError(f"--model {text}: give module:name or file.py:name, such as target_cnn:TargetCNN")
+        raise UserError(f"{option} {text}: give module:name or file.py:name, such as target_cnn:TargetCNN")
     place, name = match["place"], match["name"]
-    args, kwargs = literal_arguments(match["arguments"] or "()", text)
+    args, kwargs = literal_arguments(match["arguments"] or "()", f"{option} {text}")
     try:
         module = module_at(place)
     except FileNotFoundError as error:
-        raise UserError(f"--model {text}: {place} is no file: give the path of a Python file") from error
+        raise UserError(f"{option} {text}: {place} is no file: give the path of a Python file") from error
     except Exception as error:  # a person's own file may raise anything
         reason = f"{in_short(error)}{place_of(error)}"
-        raise UserError(f"--model {text}: {place} cannot be imported ({reason}): correct it first") from error
+        raise UserError(f"{option} {text}: {place} cannot be imported ({reason}): correct it first") from error
     if not callable(getattr(module, name, None)):
-        raise UserError(f"--model {text}: {place} has no callable {name}: name a class or function of it")
-    return partial(build_network, partial(getattr(module, name), *args, **kwargs), text)
+        raise UserError(f"{option} {text}: {place} has no callable {name}: name a class or function of it")
+    return partial(getattr(module, name), *args, **kwargs)
 
 
 def module_at(place: str):
@@ -55,7 +60,7 @@ def module_at(place: str):
     return module
 
 
-def literal_arguments(arguments: str, text: str) -> tuple[list, dict]:
+def literal_arguments(arguments: str, option: str) -> tuple[list, dict]:
     """The values of "(1, name='two')". Raises UserError unless all of them are literals."""
     try:
         call = ast.parse(f"_{arguments}", mode="eval").body
@@ -67,7 +72,7 @@ def literal_arguments(arguments: str, text: str) -> tuple[list, dict]:
         return [ast.literal_eval(value) for value in call.args], named
     except (SyntaxError, ValueError, TypeError) as error:
         raise UserError(
-            f"--model {text}: {arguments} are not literals: give numbers, strings and lists, as in (10, bias=False)"
+            f"{option}: {arguments} are not literals: give numbers, strings and lists, as in (10, bias=False)"
         ) from error
 
 

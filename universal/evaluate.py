@@ -51,7 +51,7 @@ from target_cnn import (
 )
 from universal.flat import FlatSynthesizer
 from universal.generalization import error_overlap, mean_pairwise_overlap
-from universal.graph import ComputationGraph
+from universal.graph import ComputationGraph, in_fastest_layout
 from universal.networks import EVALUATED
 from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 
@@ -166,17 +166,6 @@ def adam_from_both_starts(
         "generated_first_steps_percent": accuracies["generated"],
         "random_first_steps_percent": accuracies["random"],
     }
-
-
-def in_fastest_layout(network: nn.Module, images: Tensor) -> nn.Module:
-    """`network` with channels last, in place, unless it then cannot run: views of maps may need the other layout."""
-    network.to(memory_format=torch.channels_last).eval()
-    try:
-        with torch.no_grad():
-            network(images)
-    except RuntimeError:
-        network.to(memory_format=torch.contiguous_format)
-    return network
 
 
 def recorded_adam() -> dict[str, dict]:

@@ -173,6 +173,28 @@ class ComputationGraph:
         return in_a_row and scale and self._only_scales and not self.norms
 
 
+class Logits(nn.Module):
+    """A graph's network, or a copy of it, for images [N, 1, 28, 28], whatever it takes and returns: -> logits."""
+
+    def __init__(self, graph: ComputationGraph, module: nn.Module | None = None):
+        super().__init__()
+        self.module, self.format = graph.module if module is None else module, graph.format
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.module(self.format(images)))
+
+
+def in_fastest_layout(network: nn.Module, images: Tensor) -> nn.Module:
+    """`network` with channels last, in place, unless it then cannot run: views of maps may need the other layout."""
+    network.to(memory_format=torch.channels_last).eval()
+    try:
+        with torch.no_grad():
+            network(images)
+    except RuntimeError:
+        network.to(memory_format=torch.contiguous_format)
+    return network
+
+
 class Reading:
     """What a forward pass has shown so far: its `calls` of KINDS in order, with the layers, norms and shifts found."""
 

@@ -27,7 +27,7 @@ from scripting import (
 )
 from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
-from universal.graph import ComputationGraph, logits_of
+from universal.graph import ComputationGraph, Logits
 from universal.synthesizer import SYNTHESIZER, load_synthesizer
 
 
@@ -77,17 +77,6 @@ def main() -> None:
         path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
         save_tensors(path, state)
         print(f"Weights saved to {path}")
-
-
-class Logits(nn.Module):
-    """A graph's network for images [N, 1, 28, 28], whatever it takes and returns: -> logits [N, classes]."""
-
-    def __init__(self, graph: ComputationGraph):
-        super().__init__()
-        self.module, self.format = graph.module, graph.format
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return logits_of(self.module(self.format(images)))
 
 
 def scored(network: nn.Module, data: Dataset) -> Score:

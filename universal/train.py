@@ -15,7 +15,6 @@ trains on several processes or machines, each with its own architectures, inits 
 
 import argparse
 import math
-import os
 import random
 import time
 from pathlib import Path
@@ -37,6 +36,7 @@ from scripting import (
     resume_training,
     run_script,
     save_training,
+    start_processes,
 )
 from target_cnn import Dataset, fast_bf16, score, scoring_data, training_data
 from universal.architectures import draw_architecture
@@ -100,17 +100,6 @@ def main() -> None:
         print(f"Synthesiser saved to {options.out}", flush=True)
     if processes > 1:
         dist.destroy_process_group()
-
-
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """This process's rank and the number of processes, which `torchrun` sets."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1:
-        return 0, 1
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(dist.get_default_backend_for_device(device))
-    return dist.get_rank(), processes
 
 
 class Reward(nn.Module):
