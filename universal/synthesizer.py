@@ -74,7 +74,8 @@ class GraphWeightSynthesizer(nn.Module):
     `task` is what it has learned of MNIST, with so many `probes`, of which networks with convolutions, where each costs
     more, only see the first `convolution_probes`; `classes` is the most that a network may have, `dimension` the size
     of a neuron's embedding, `concepts` that of the space in which hidden linear neurons get their targets, `rank` the
-    number of mixed position functions in a kernel, `hidden` the width of every MLP.
+    number of mixed position functions in a kernel, `hidden` the width of every MLP; `tunable` gives it the numbers of
+    `universal.tuning`.
     """
 
     def __init__(
@@ -86,17 +87,18 @@ class GraphWeightSynthesizer(nn.Module):
         concepts: int = 96,
         rank: int = 32,
         hidden: int = 512,
+        tunable: bool = False,
     ):
         super().__init__()
         self.settings = {
             "probes": probes, "convolution_probes": convolution_probes, "classes": classes, "dimension": dimension,
-            "concepts": concepts, "rank": rank, "hidden": hidden,
+            "concepts": concepts, "rank": rank, "hidden": hidden, "tunable": tunable,
         }  # fmt: skip
         self.seconds: dict[str, float] = {}  # what making it cost, as the diffusion models have it
         self.task = Task(probes, classes, concepts, dimension)
         self.describe = mlp(DESCRIPTION, hidden, dimension)
         self.reader = Reader(dimension, hidden, rank)
-        self.writer = Writer(dimension, hidden, rank, concepts)
+        self.writer = Writer(dimension, hidden, rank, concepts, tunable)
         self.image_keys = nn.Parameter(torch.randn(max(IMAGE_CHANNELS), dimension))
         self.place_key = nn.Linear(FREQUENCIES**2, dimension, bias=False)
         self.key = ConditionedMLP(dimension, dimension, hidden, dimension)
@@ -148,7 +150,7 @@ class GraphWeightSynthesizer(nn.Module):
                 neurons = self.reader.neurons(reading, layer.bias and layer.bias.of(weights), about)
                 keys.add(self.key_norm(self.key(neurons, about)))
                 weight, mean = self.writer.hidden(layer, read_keys, neurons, about, features, task)
-                gain = self.writer.scalar("gain", about)
+                gain = self.writer.scalar("gain", layer, about)
                 means.add(gain * mean)
                 weight, bias, responses = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
             layer.weight.put(written, weight, weights)
@@ -192,7 +194,11 @@ class GraphWeightSynthesizer(nn.Module):
         They are made from the weights that it has, or with `seed` from a fresh random init. Raises ValueError if the
         module cannot be read (`universal.graph.ComputationGraph`), has too many classes or holds NaN.
         """
-        graph = ComputationGraph(module)
+        return self.fill(ComputationGraph(module), seed, steps)
+
+    @torch.no_grad()
+    def fill(self, graph: ComputationGraph, seed: int | None = None, steps: int = 1) -> Accounts:
+        """`write` the weights of the module whose graph this is."""
         weights = graph.weights() | ({} if seed is None else random_weights(graph, seed))
         for name, tensor in weights.items():
             if not tensor.isfinite().all():

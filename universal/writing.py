@@ -10,6 +10,7 @@ from universal.calls import Layer
 from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions
 from universal.responses import decorrelate, ridge_regression, unit_responses, unit_rms
 from universal.task import Task
+from universal.tuning import Tuning
 
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
@@ -25,14 +26,16 @@ class Writer(nn.Module):
     A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1, which turn a
     sum over n random inputs into a quadrature, with functions of the position in the kernel or the map. The last layer
     adds the ridge regression, on what the probes are there, of their labels; the hidden layers of networks without
-    convolutions, of concepts, mixed by the neuron's code.
+    convolutions, of concepts, mixed by the neuron's code. Where it is `tunable`, a few numbers more say how large its
+    scalars are, and how the sizes of weights are spread.
     """
 
-    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int):
+    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int, tunable: bool):
         super().__init__()
         self.dimension, self.rank = dimension, rank
         self.functions = PositionFunctions(dimension, hidden, rank)
         self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
+        self.tuning = Tuning(list(SCALARS)) if tunable else None
         self.concept_scale = nn.Linear(dimension, concepts)
         for start_at_zero in (*self.scalars.values(), self.concept_scale):
             nn.init.zeros_(start_at_zero.weight)
@@ -60,10 +63,10 @@ class Writer(nn.Module):
         if features is not None:
             concepts = F.layer_norm(task.concepts[: len(features)], task.concepts.shape[1:])
             concepts = concepts * self.concept_scale(about).exp()
-            ridge = self.scalar("concept_ridge", about)
+            ridge = self.scalar("concept_ridge", layer, about)
             wanted = concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T
             fitted = ridge_regression(features, wanted, ridge)
-            share = self.scalar("concept_share", about)
+            share = self.scalar("concept_share", layer, about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
         return weight, torch.tanh(0.3 * bias[:, 0])
 
@@ -75,9 +78,9 @@ class Writer(nn.Module):
         if features is not None:
             # Few probes may guide the classes but not decide on them: training would take this short way and end there.
             count = len(features)
-            ridge = self.scalar("label_ridge", about) + 6 / count
+            ridge = self.scalar("label_ridge", layer, about) + 6 / count
             fitted = ridge_regression(features, task.labels[:count, : layer.shape[0]], ridge)
-            share = self.scalar("label_share", about)
+            share = self.scalar("label_share", layer, about)
             share = share / (1 + share * 64 / count)  # below count / 64
             flat = weight.flatten(1)
             fitted = share * unit_responses(fitted, features, each=False)
@@ -86,7 +89,7 @@ class Writer(nn.Module):
 
     def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
         """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
-        ridge = self.scalar("key_ridge", about) * torch.eye(self.dimension, device=keys.device)
+        ridge = self.scalar("key_ridge", layer, about) * torch.eye(self.dimension, device=keys.device)
         dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
         dual = dual.view(layer.groups, -1, self.dimension)
         functions = self.functions(layer, about)
@@ -101,9 +104,12 @@ class Writer(nn.Module):
         kernels = kernels.flatten(0, 1).movedim(2, 1)
         return layer.weight_of(kernels / math.sqrt(kernels[0].numel() * self.rank * self.dimension))
 
-    def scalar(self, name: str, about: Tensor) -> Tensor:
+    def scalar(self, name: str, layer: Layer, about: Tensor) -> Tensor:
         """One of the positive numbers that depend on the layer, [1]."""
-        return (self.scalars[name](about) + SCALARS[name]).exp()
+        logarithm = self.scalars[name](about) + SCALARS[name]
+        if self.tuning is not None:
+            logarithm = logarithm + self.tuning.offset(name, layer)
+        return logarithm.exp()
 
     def to_scale(
         self, layer: Layer, inputs: Tensor, weight: Tensor, mean: Tensor, gain: Tensor, about: Tensor
@@ -115,27 +121,41 @@ class Writer(nn.Module):
         probes is enough.
         """
         some = inputs[:SCALING_PROBES] if layer.is_convolution else inputs
-        responses = layer(some, weight).movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2)
-        own_mean = responses.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
-        responses = responses - own_mean
-        inverse_deviation = torch.rsqrt(responses.square().mean(0) + 1e-8)
-        responses = (responses * inverse_deviation).unflatten(1, (layer.groups, -1))
+        responses, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
+        responses = responses.unflatten(1, (layer.groups, -1))
         positions_first = weight.movedim(1, -1)  # as the weight of a convolution lies in memory
         values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse_deviation[:, None]
         values = values.unflatten(0, (layer.groups, -1))
-        values = decorrelate(responses, self.scalar("correlation_ridge", about) + 1e-2, values).flatten(0, 1)
-        weight = gain * values[:, :-1].view(positions_first.shape).movedim(-1, 1)
-        bias = gain * (mean - values[:, -1]) if layer.bias else None
+        values = decorrelate(responses, self.scalar("correlation_ridge", layer, about) + 1e-2, values).flatten(0, 1)
+        weight, own_mean = values[:, :-1].view(positions_first.shape).movedim(-1, 1), values[:, -1]
+        if self.tuning is not None:
+            weight = self.tuning.companded(layer, weight)
+            _, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
+            weight = weight * inverse_deviation.view(-1, *[1] * (weight.dim() - 1))
+            own_mean = own_mean * inverse_deviation
+        weight = gain * weight
+        bias = gain * (mean - own_mean) if layer.bias else None
         return weight, bias, layer(inputs, weight, bias)
 
     def classes_to_scale(
         self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weight of the last layer brought to scale, its bias, and the responses. Classes keep their scales."""
+        if self.tuning is not None:
+            weight = self.tuning.companded(layer, weight)
         axis = 1 if layer.is_convolution else -1
         responses = layer(inputs, weight).movedim(axis, -1)
         logits = responses.flatten(1, -2).mean(1) if responses.dim() > 2 else responses  # averaged in the end
         mean = logits.mean(0)
-        scale = self.scalar("logit_scale", about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
+        scale = self.scalar("logit_scale", layer, about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
         bias = -mean * scale
         return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, axis)
+
+
+def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The responses of a layer's neurons, [responses, neurons], standardised; their means and inverse deviations."""
+    responses = layer(inputs, weight).movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2)
+    mean = responses.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
+    responses = responses - mean
+    inverse_deviation = torch.rsqrt(responses.square().mean(0) + 1e-8)
+    return responses * inverse_deviation, mean, inverse_deviation

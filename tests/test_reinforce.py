@@ -1,0 +1,366 @@
+"""Trial and error: roundings, rewards, searches, the numbers that they set, and the command."""
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.run  # what torchrun runs
+from conftest import REPOSITORY, assert_png
+from torch import nn
+
+from target_cnn import load_mnist
+from universal import load_synthesizer
+from universal.architectures import parameter_shapes
+from universal.graph import ComputationGraph
+from universal.networks import EVALUATED_SHAPES, mlp
+from universal.reinforce import compare, evaluate, reinforcement
+from universal.reinforce.__main__ import main
+from universal.reinforce.rewards import REWARDS, ROUNDINGS, round_weights
+from universal.reinforce.search import CovarianceSearch, WeightSearch, ranks
+from universal.reinforce.trials import draw_trials, try_candidate, with_tuning, written
+from universal.synthesizer import save_synthesizer
+from universal.tuning import SLOPES
+
+NET = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out = nn.GRU(28, 8, batch_first=True), nn.Linear(8, 10)
+
+    def forward(self, images):
+        return self.out(self.rnn(images[:, 0])[0][:, -1])
+"""
+
+REWARDS_OF_A_USER = """
+import torch
+
+def alike(network):
+    \"\"\"How alike the magnitudes of the first layer's weights are.\"\"\"
+    assert torch.is_inference_mode_enabled()
+    magnitudes = network[1].weight.abs()
+    magnitudes *= 1.0  # a reward may change the network
+    return float(magnitudes.mean() / magnitudes.std())
+
+def fails(network):
+    return network.width
+
+def not_a_number(network):
+    return float("nan")
+
+def words(network):
+    return "good"
+
+def infinite(network):
+    return float("-inf")
+"""
+
+
+@pytest.fixture
+def users(tmp_path, monkeypatch) -> Path:
+    """A directory with a user's network and rewards, in which the command runs."""
+    (tmp_path / "small_net.py").write_text(NET)
+    (tmp_path / "my_reward.py").write_text(REWARDS_OF_A_USER)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_mnist("test", REPOSITORY / "data")[:500]
+
+
+@pytest.fixture
+def synthesizer():
+    return with_tuning(load_synthesizer()).eval()
+
+
+# ---- roundings -------------------------------------------------------------------------------------------------------
+
+
+def test_roundings_leave_the_values_that_their_names_say():
+    weight = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    rounded = {name: rounding(weight) for name, rounding in ROUNDINGS.items()}
+    for neuron in range(5):
+        assert len(rounded["ternary"][neuron].unique()) == 3
+        assert len(rounded["binary"][neuron].unique()) == 2
+        assert 3 < len(rounded["int4"][neuron].unique()) <= 15
+    assert (rounded["pruned80"] == 0).float().mean() == pytest.approx(0.8, abs=0.01)
+    for name, result in rounded.items():
+        assert result.shape == weight.shape
+        assert ((result == 0) | (result.sign() == weight.sign())).all(), name
+
+
+def test_ternary_is_as_in_li_et_al():
+    # The mean magnitude is 0.5, so that what is below 0.35 goes; the mean of the others is 0.8.
+    rounded = ROUNDINGS["ternary"](torch.tensor([[1.0, -0.6, 0.3, -0.1]]))
+    assert torch.allclose(rounded, torch.tensor([[0.8, -0.8, 0.0, 0.0]]))
+
+
+def test_a_neuron_of_zeros_stays_one():
+    for rounding in ROUNDINGS.values():
+        assert torch.equal(rounding(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+def test_only_matrices_are_rounded():
+    network = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5))
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    after = round_weights(network, ROUNDINGS["binary"]).state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["0.weight"]
+
+
+# ---- the numbers that are searched -----------------------------------------------------------------------------------
+
+
+def test_without_offsets_nothing_changes(synthesizer):
+    torch.manual_seed(0)
+    for network in (nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4056, 10)), mlp([9])):
+        expected = copy.deepcopy(load_synthesizer().synthesize(network, 1).state_dict())
+        for name, tensor in synthesizer.synthesize(network, 1).state_dict().items():
+            assert torch.allclose(tensor, expected[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("flat", [0, 3])
+def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(synthesizer, flat):
+    layer = ComputationGraph(mlp([4])).layers[0]
+    tuning = with_tuning(synthesizer).writer.tuning
+    weight = torch.linspace(-3, 3, 4 * 784).view(4, 784)
+    with torch.no_grad():
+        assert torch.allclose(tuning.companded(layer, weight), weight, rtol=1e-4)
+        tuning.offsets[tuning.names.index(SLOPES[flat]), 0] = -5
+        companded = tuning.companded(layer, weight)
+        assert torch.allclose(tuning.companded(layer, -weight), -companded)
+    order = weight.flatten(1).argsort(1)
+    steps = companded.gather(1, order).diff()
+    assert (steps >= 0).all()
+    assert 0.005 < steps.min() / steps.max() < 0.01  # e ** -5
+
+
+def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
+    tuned = with_tuning(synthesizer)
+    graph = ComputationGraph(mlp([9, 8]))
+    before = copy.deepcopy(tuned.synthesize(graph.module, 1).state_dict())
+    with torch.no_grad():
+        tuned.writer.tuning.offsets[tuned.writer.tuning.names.index("slope_from_1.0"), 3] = 2.0
+    after = tuned.synthesize(graph.module, 1).state_dict()
+    ratio = {name: (after[name] / before[name]).flatten() for name in before}
+    assert ratio["1.weight"].std() < 1e-3 < ratio[graph.last.weight.name].std()  # other layers are only rescaled
+
+
+# ---- trials ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_is_a_number_of_a_small_network(synthesizer, digits, name):
+    trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=2, images=200)
+    offsets = torch.zeros_like(synthesizer.writer.tuning.offsets)
+    good = try_candidate(synthesizer, offsets, trials, REWARDS[name])
+    assert len(good) == 2 and good == try_candidate(synthesizer, offsets, trials, REWARDS[name])
+    noise = 2 * torch.randn(offsets.shape, generator=torch.Generator().manual_seed(0))
+    assert sum(good) > sum(try_candidate(synthesizer, noise, trials, REWARDS[name]))
+
+
+def test_networks_that_break_are_worth_nothing(synthesizer, digits):
+    trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=1, images=20)
+    offsets = torch.full_like(synthesizer.writer.tuning.offsets, 1e4)
+    assert try_candidate(synthesizer, offsets, trials, REWARDS["accuracy"]) == [-float("inf")]
+
+
+def test_random_architectures_are_none_of_those_that_are_evaluated(digits):
+    trials = draw_trials(random.Random(1), None, digits, networks=6, images=5)
+    shapes = [parameter_shapes(trial.graph.module) for trial in trials]
+    assert len({str(one) for one in shapes}) == 6
+    assert not any(one in EVALUATED_SHAPES for one in shapes)
+
+
+def test_a_reward_cannot_spoil_what_is_left_at_its_init(synthesizer):
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act, self.out = nn.Linear(784, 8), nn.PReLU(8), nn.Linear(8, 10)
+
+        def forward(self, images):
+            return self.out(self.act(self.fc(images.flatten(1))))
+
+    graph = ComputationGraph(Slope())
+    network = written(synthesizer, graph, seed=0)
+    with torch.no_grad():
+        network.module.act.weight.zero_()
+    assert (graph.module.act.weight == 0.25).all()
+
+
+# ---- searches --------------------------------------------------------------------------------------------------------
+
+
+def searches(dimension: int):
+    """One of each kind."""
+    pytest.importorskip("cmaes")
+    return [
+        CovarianceSearch(dimension, candidates=12, deviation=0.5, seed=0),
+        WeightSearch(torch.zeros(dimension), torch.ones(dimension) / 10, candidates=40, lr=0.5, seed=0),
+    ]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_searches_find_a_known_best(which):
+    search, best = searches(6)[which], torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
+    for _ in range(150):
+        search.tell(-(search.ask() - best).square().sum(1)[:, None].double())
+    assert (search.mean - best).norm() < 0.3
+
+
+def test_ranks_are_shared_by_equals_and_blind_to_scale():
+    rewards = torch.tensor([[3.0, -1e9], [1.0, 5.0], [1.0, -1e9]])
+    assert ranks(rewards).tolist() == [(0.5 + 2) / 2, (2 + 0.5) / 2, (2 + 2) / 2]
+    assert torch.equal(ranks(rewards), ranks(rewards.exp() + 7))
+    assert ranks(torch.tensor([[0.0], [-float("inf")]])).tolist() == [0.5, 1.5]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def options_of(users: Path, name: str, reward: str = "my_reward.py:alike") -> list[str]:
+    return [
+        "--reward", reward, "--model", "small_net.py:Net", "--evaluations", "24", "--candidates", "4",
+        "--networks", "1", "--images", "50", "--validation", "200", "--report-every", "2",
+        "--out", str(users / f"{name}.pth"), "--checkpoint", str(users / f"{name}.state.pth"),
+    ]  # fmt: skip
+
+
+def command(monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["reinforce", *options, "--device", "cpu"])
+    main()
+
+
+def offsets_in(path: Path) -> torch.Tensor:
+    return load_synthesizer(path).writer.tuning.offsets.detach()
+
+
+def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, monkeypatch, capsys):
+    pytest.importorskip("cmaes")
+    command(monkeypatch, *options_of(users, "whole"))
+    printed = capsys.readouterr().out
+    rewards = [float(line.split("Median Reward = ")[1].split(",")[0]) for line in printed.splitlines()[:3]]
+    assert rewards[0] < rewards[2]
+    assert printed.startswith("Evaluation 8/24: ")
+
+    save = reinforcement.Reinforcement.save
+
+    def killed(self):
+        save(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reinforcement.Reinforcement, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, *options_of(users, "killed"))
+    monkeypatch.setattr(reinforcement.Reinforcement, "save", save)
+    assert not (users / "killed.pth").exists()
+    command(monkeypatch, *options_of(users, "killed"))
+    assert "Going on from generation 2" in capsys.readouterr().out
+    assert not (users / "killed.state.pth").exists()
+    assert torch.equal(offsets_in(users / "killed.pth"), offsets_in(users / "whole.pth"))
+    assert offsets_in(users / "whole.pth").abs().max() > 0.01
+
+
+def test_two_processes_find_what_one_finds(users, monkeypatch):
+    pytest.importorskip("cmaes")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "universal.reinforce")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    both = subprocess.run(
+        [sys.executable, *launcher, *options_of(users, "both", "ternary"), "--device", "cpu"],
+        capture_output=True, text=True, env=environment, timeout=170,
+    )  # fmt: skip
+    assert both.returncode == 0, both.stderr
+    assert both.stdout.count("Evaluation 24/24") == 1  # one process reports
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the two have
+    try:
+        command(monkeypatch, *options_of(users, "alone", "ternary"))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(offsets_in(users / "both.pth"), offsets_in(users / "alone.pth"))
+
+
+@pytest.mark.parametrize(
+    "reward, line",
+    [
+        ("my_reward.py:fails", "(my_reward.py, line 12: return network.width)"),
+        ("my_reward.py:not_a_number", "returned NaN (my_reward.py, line 14: def not_a_number(network):)"),
+        ("my_reward.py:words", "ValueError: could not convert string to float"),
+        ("my_reward.py:missing", "my_reward.py has no callable missing"),
+        ("their_reward.py:reward", "their_reward.py is no file"),
+        ("quaternary", "give one of ternary, binary, int4, pruned80, accuracy, or my_reward.py:function"),
+    ],
+)
+def test_rewards_that_fail_get_one_line(users, refusal, reward, line):
+    pytest.importorskip("cmaes")
+    assert line in refusal(main, *options_of(users, "none", reward))
+    assert not (users / "none.pth").exists()
+
+
+def test_a_model_that_cannot_be_read_gets_one_line(users, refusal):
+    pytest.importorskip("cmaes")
+    options = [option.replace("small_net.py:Net", "small_net.py:Recurrent") for option in options_of(users, "none")]
+    assert refusal(main, *options).startswith("--model small_net.py:Recurrent: gru")
+
+
+def test_an_infinite_reward_is_only_a_bad_one(users, monkeypatch):
+    pytest.importorskip("cmaes")
+    command(monkeypatch, *options_of(users, "infinite", "my_reward.py:infinite"))
+    assert (users / "infinite.pth").exists()
+
+
+def test_a_state_of_other_options_is_not_taken(users, refusal, monkeypatch):
+    pytest.importorskip("cmaes")
+    (users / "x.state.pth").write_bytes(b"not a state")
+    assert "x.state.pth" in refusal(main, *options_of(users, "x"))
+
+
+def test_a_missing_package_is_named(users, refusal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    assert refusal(main, *options_of(users, "x")) == "needs the package cmaes: pip install cmaes"
+
+
+def test_the_comparison_measures_every_method(users, monkeypatch, capsys):
+    pytest.importorskip("cmaes")
+    monkeypatch.setattr(compare, "CURVE_IMAGES", 200)
+    monkeypatch.setattr(compare, "CURVE_INITS", 1)
+    monkeypatch.setattr(compare, "CURVE_POINTS", 1)
+    options = ["--reward", "ternary", "--evaluations", "4", "--candidates", "4", "--images", "20", "--inits", "1"]
+    options += ["--networks", "1", "--validation", "200", "--plot", "a.png", "--results", "a.json"]
+    monkeypatch.setattr(sys, "argv", ["compare", *options, "--device", "cpu"])
+    compare.main()
+    printed = capsys.readouterr().out
+    for method in compare.METHODS:
+        assert f"| {method}" in printed
+    assert_png(users / "a.png", 1800, 720)
+
+
+def test_the_comparison_refuses_what_is_no_rounding(refusal):
+    assert "--reward accuracy: give one of ternary" in refusal(compare.main, "--reward", "accuracy")
+
+
+def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, synthesizer):
+    with torch.no_grad():
+        synthesizer.writer.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
+    save_synthesizer(synthesizer, users / "after.pth")
+    monkeypatch.setattr(evaluate, "NETWORKS", ("TargetCNN", "half width"))
+    options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1", "--validation", "200"]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *options, "--device", "cpu"])
+    evaluate.main()
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in capsys.readouterr().out.splitlines()}
+    before, after = (float(cell.split()[0]) for cell in rows["TargetCNN", "ternary"].split("|")[3:5])
+    assert after != before > 30
+    full = [float(cell.split()[0]) for cell in rows["TargetCNN", "full precision"].split("|")[3:5]]
+    assert min(full) > 80
+    assert ("half width", "ternary") in rows

@@ -1,0 +1,57 @@
+"""Improve a synthesiser by trial and error, for a reward that nothing can differentiate.
+
+    python -m universal.reinforce --reward ternary --out ternary.pth
+    python -m universal.reinforce --reward my_reward.py:reward --model my_net.py:Net --out mine.pth
+
+In every generation, candidates for a few numbers of the synthesiser (`universal.tuning`) write the same networks from
+the same unseen inits, and only the order of their rewards is learned from. Neither the reward nor a written network is
+ever differentiated. What is saved is a synthesiser like any other. Killed, the same command goes on bit for bit.
+
+    torchrun --nproc-per-node=2 -m universal.reinforce --reward ternary --out ternary.pth
+
+shares the candidates between processes or machines, which exchange nothing but rewards, and finds the same.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch.distributed as dist
+
+from scripting import add_data_options, add_training_options, option_parser, run_script, start_processes
+from universal.reinforce.reinforcement import Reinforcement, add_search_options
+from universal.synthesizer import load_synthesizer, save_synthesizer
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Improve a synthesiser by trial and error.", seed=0)
+    add_search_options(parser)
+    add_training_options(parser, report_every=10, checkpoint="reinforcement.pth", out=Path("reinforced.pth"))
+    add_data_options(parser)
+    parser.set_defaults(validation=2000)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    rank, processes = start_processes(options.device)
+    reinforcement = Reinforcement(options, load_synthesizer(options.synthesizer), rank, processes)
+    reinforcement.resume()
+    while reinforcement.generation < reinforcement.generations:
+        reinforcement.run(min(reinforcement.generation + options.report_every, reinforcement.generations))
+        if rank == 0:
+            reinforcement.report()
+            if reinforcement.generation < reinforcement.generations:
+                reinforcement.save()
+    if rank == 0:
+        synthesizer = reinforcement.result().cpu()
+        synthesizer.seconds["training"] = synthesizer.seconds.get("training", 0.0) + reinforcement.seconds
+        save_synthesizer(synthesizer, options.out)
+        options.checkpoint.unlink(missing_ok=True)
+        print(f"Found in {reinforcement.seconds / 60:.1f} min")
+        print(f"Synthesiser saved to {options.out}", flush=True)
+    if processes > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,88 @@
+"""What trial and error has gained: networks from unseen inits, written before and after.
+
+    python -m universal.reinforce.evaluate --reward ternary --improved universal/ternary.pth
+
+prints their accuracy on the test images after rounding, that of TargetCNNs in full precision, and that of the trained
+TargetCNNs of `train_target_model.py`, if there are any. With --all it takes every network of `universal.evaluate`.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scripting import UserError, add_data_options, number, option_parser, run_script, table
+from target_cnn import CHECKPOINTS, Dataset, TargetCNN, find_runs, load_run, load_weights, scoring_data
+from universal.graph import Logits
+from universal.networks import EVALUATED
+from universal.reinforce.rewards import ROUNDINGS, accuracy_percent
+from universal.reinforce.trials import graph_of, written
+from universal.synthesizer import SYNTHESIZER, load_synthesizer
+
+NETWORKS = ("TargetCNN", "half width", "double width")
+FULL = "full precision"
+
+
+def parse_options() -> argparse.Namespace:
+    parser = option_parser("Evaluate what trial and error has gained.", seed=1000)
+    required = {"required": True, "default": argparse.SUPPRESS}
+    parser.add_argument("--reward", choices=ROUNDINGS, **required, help="how weights are rounded (required)")
+    parser.add_argument("--improved", type=Path, **required, help="the synthesiser after trial and error (required)")
+    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the one before")
+    parser.add_argument("--inits", type=number(int, 1, 1000), default=20, help="unseen inits, from seeds SEED on")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="trained TargetCNNs, if there are any")
+    parser.add_argument("--all", action="store_true", help="every network of universal.evaluate")
+    add_data_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse_options()
+    synthesizers = [load_synthesizer(path, options.device) for path in (options.synthesizer, options.improved)]
+    data = scoring_data(options.data, options.validation, options.device)
+    trained = trained_networks(options.checkpoints)
+    seeds = range(options.seed, options.seed + options.inits)
+    rows, means = [], []
+    for name in tqdm(EVALUATED if options.all else NETWORKS, leave=False, disable=None):
+        torch.manual_seed(options.seed)
+        graph = graph_of(EVALUATED[name](), data)
+        for weights in (options.reward, FULL) if name == "TargetCNN" else (options.reward,):
+            found = [
+                accuracies((written(one, graph, seed) for seed in seeds), ROUNDINGS.get(weights), data)
+                for one in synthesizers
+            ]
+            means.append([weights, *map(fmean, found)])
+            copies = (Logits(graph, load_weights(TargetCNN(), each).to(options.device)) for each in trained)
+            found.append(accuracies(copies, ROUNDINGS.get(weights), data) if name == "TargetCNN" else [])
+            rows.append([name, weights, *map(spread, found)])
+    print(f"Accuracy on {len(data.labels):,} images (%), mean and range over {options.inits} unseen inits:")
+    print(table(["Network", "Weights", "Before", "After", "Trained"], rows))
+    if options.all:
+        before, after = (fmean(row[column] for row in means if row[0] != FULL) for column in (1, 2))
+        print(f"Mean over the {len(EVALUATED)} networks, {options.reward}: {before:.2f} before, {after:.2f} after")
+
+
+def trained_networks(checkpoints: Path) -> list[Tensor]:
+    """The weights, flat, in the last recorded epoch of each run; none if nothing was recorded."""
+    try:
+        return [load_run(run)[-1] for run in find_runs(checkpoints)]
+    except UserError:
+        return []
+
+
+def accuracies(networks: Iterable[Logits | None], rounding: Callable | None, data: Dataset) -> list[float]:
+    """In %, after `rounding`. A network that breaks classifies nothing."""
+    return [0.0 if network is None else accuracy_percent(network, rounding, data) for network in networks]
+
+
+def spread(values: list[float]) -> str:
+    """The mean of accuracies, and their smallest and largest."""
+    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,146 @@
+"""Reinforcement: a search for the few numbers with which a synthesiser writes the networks of the highest reward."""
+
+import argparse
+import random
+import time
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scripting import UserError, number, resume_training, save_training
+from target_cnn import TargetCNN, scoring_data, training_data
+from universal.builders import MODEL_HELP, load_builder
+from universal.reinforce.rewards import REWARDS, accuracy_percent, load_reward
+from universal.reinforce.search import CovarianceSearch
+from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
+from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
+from universal.tuning import SLOPES
+
+REPORTED_INITS = 3  # whose networks are scored in reports
+MAKER = "python -m universal.reinforce"
+
+
+def add_search_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a script that searches."""
+    parser.add_argument(
+        "--reward",
+        required=True,
+        default=argparse.SUPPRESS,
+        help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward (required)",
+    )
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: random architectures)")
+    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the synthesiser to start from")
+    parser.add_argument(
+        "--evaluations", type=number(int, 1, 10**9), default=4000, help="networks to write and reward, at most"
+    )
+    parser.add_argument("--candidates", type=number(int, 4, 10_000), default=20, help="tried in each generation")
+    parser.add_argument("--networks", type=number(int, 1, 1000), default=2, help="that each candidate writes")
+    parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="training images for each network")
+    parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
+    parser.add_argument(
+        "--scalars", action="store_true", help="search the writer's scalars too, not the compander alone"
+    )
+
+
+class Reinforcement:
+    """The state of a search: what a generation changes, and how it is saved and restored.
+
+    Raises UserError if there is no such reward or model, or if the model cannot be read.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, synthesizer: GraphWeightSynthesizer, rank: int = 0, processes: int = 1
+    ):
+        self.options, self.rank, self.processes = options, rank, processes
+        self.reward = load_reward(options.reward)
+        self.build = load_builder(options.model) if options.model else None
+        self.synthesizer = with_tuning(synthesizer).to(options.device).eval()
+        self.start = self.synthesizer.writer.tuning.offsets.detach().clone()
+        self.searched = slice(0 if options.scalars else -len(SLOPES), None)  # rows
+        dimension = self.start[self.searched].numel()
+        self.search = CovarianceSearch(dimension, options.candidates, options.deviation, options.seed)
+        self.data = training_data(options.data, options.validation, options.device)
+        self.validation = scoring_data(options.data, options.validation, options.device)
+        torch.manual_seed(options.seed)
+        try:
+            self.reported = graph_of((self.build or TargetCNN)(), self.data)
+        except ValueError as error:
+            raise UserError(f"--model {options.model}: {error}") from error
+        self.generations = max(1, options.evaluations // (options.candidates * options.networks))
+        self.generation, self.seconds = 0, 0.0
+
+    def run(self, until: int) -> None:
+        """Search up to generation `until`. Raises UserError if the reward fails."""
+        options, start = self.options, time.perf_counter()
+        while self.generation < until:
+            # A seed of its own for every generation, the same in all processes.
+            drawn = random.Random(f"{options.seed} {self.generation}")
+            trials = draw_trials(drawn, self.build, self.data, options.networks, options.images)
+            candidates = self.search.ask()
+            rewards = torch.zeros(len(candidates), len(trials), dtype=torch.float64)
+            for index in range(self.rank, len(candidates), self.processes):
+                offsets = self.offsets(candidates[index])
+                rewards[index] = torch.tensor(try_candidate(self.synthesizer, offsets, trials, self.reward))
+            if self.processes > 1:
+                rewards = rewards.to(options.device)
+                dist.all_reduce(rewards)
+                rewards = rewards.cpu()
+            self.search.tell(rewards)
+            self.latest = rewards
+            self.generation += 1
+        self.seconds += time.perf_counter() - start
+
+    def offsets(self, moved: Tensor) -> Tensor:
+        """The offsets of a synthesiser, those that are searched `moved` so far, flat, from where they were."""
+        offsets = self.start.clone()
+        offsets[self.searched] += moved.to(offsets).view(-1, offsets.shape[1])
+        return offsets
+
+    @torch.no_grad()
+    def result(self) -> GraphWeightSynthesizer:
+        """The synthesiser with what the search has come to."""
+        self.synthesizer.writer.tuning.offsets.copy_(self.offsets(self.search.mean))
+        return self.synthesizer
+
+    @property
+    def evaluations(self) -> int:
+        """How many networks have been written and rewarded."""
+        return self.generation * self.options.candidates * self.options.networks
+
+    def report(self) -> None:
+        """Print the progress, with the mean accuracy on validation images of networks that the latest mean writes."""
+        validation = self.validation[self.validation.labels < self.reported.classes]
+        networks = [written(self.result(), self.reported, seed) for seed in range(REPORTED_INITS)]
+        accuracy = fmean(
+            float("nan") if network is None else accuracy_percent(network, self.reward.rounding, validation)
+            for network in networks
+        )
+        minutes = self.seconds / self.generation * (self.generations - self.generation) / 60
+        print(
+            f"Evaluation {self.evaluations}/{self.evaluations // self.generation * self.generations}: "
+            f"Median Reward = {self.latest.median():.4f}, Validation Accuracy = {accuracy:5.2f}%, "
+            f"Time Left = {minutes:.1f} min",
+            flush=True,
+        )
+
+    def settings(self) -> dict:
+        """What a search that goes on must share with the one that was interrupted."""
+        names = (
+            "seed", "reward", "model", "synthesizer", "evaluations", "candidates", "networks", "images", "deviation",
+            "scalars", "validation",
+        )  # fmt: skip
+        return {name: str(getattr(self.options, name)) for name in names}
+
+    def save(self) -> None:
+        """Save the state. Raises UserError if it cannot be written."""
+        save_training(self.options.checkpoint, self.settings(), self.generation, self.seconds, {"search": self.search})
+
+    def resume(self) -> None:
+        """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
+        path = self.options.checkpoint
+        self.generation, self.seconds = resume_training(path, self.settings(), {"search": self.search}, MAKER)
+        if self.generation and self.rank == 0:
+            print(f"Going on from generation {self.generation}, saved in {path}", flush=True)
