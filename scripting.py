@@ -359,6 +359,16 @@ def resume_training(path: Path, settings: dict, parts: dict, maker: str) -> tupl
         raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
 
 
+def run_to_end(training, steps: int, report_every: int, rank: int) -> None:
+    """Run a `training` to so many steps, from its `step` on; the process of rank 0 reports and saves on the way."""
+    while training.step < steps:
+        training.run(min(training.step + report_every, steps))
+        if rank == 0:
+            training.report()
+            if training.step < steps:
+                training.save()
+
+
 def save_json(path: Path, content) -> None:
     """Save `content` as indented JSON through `save_file`."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"

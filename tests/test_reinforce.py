@@ -13,14 +13,16 @@ import torch.distributed.run  # what torchrun runs
 from conftest import REPOSITORY, assert_png
 from torch import nn
 
+from scripting import save_training
 from target_cnn import load_mnist
 from universal import load_synthesizer
 from universal.architectures import parameter_shapes
 from universal.graph import ComputationGraph
-from universal.networks import EVALUATED_SHAPES, mlp
+from universal.networks import mlp
 from universal.reinforce import compare, evaluate, reinforcement
+from universal.reinforce import trials as reinforce_trials
 from universal.reinforce.__main__ import main
-from universal.reinforce.rewards import REWARDS, ROUNDINGS, round_weights
+from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
 from universal.reinforce.search import CovarianceSearch, WeightSearch, ranks
 from universal.reinforce.trials import draw_trials, try_candidate, with_tuning, written
 from universal.synthesizer import save_synthesizer
@@ -63,6 +65,12 @@ def words(network):
 
 def infinite(network):
     return float("-inf")
+
+def noise(network):
+    value = torch.rand(()).item()
+    with open("noise.txt", "a") as stream:
+        print(value, file=stream)
+    return value
 """
 
 
@@ -99,6 +107,12 @@ def test_roundings_leave_the_values_that_their_names_say():
     for name, result in rounded.items():
         assert result.shape == weight.shape
         assert ((result == 0) | (result.sign() == weight.sign())).all(), name
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_to_round_again_changes_nothing(name):
+    once = ROUNDINGS[name](torch.randn(5, 40, generator=torch.Generator().manual_seed(0)))
+    assert torch.allclose(ROUNDINGS[name](once), once)
 
 
 def test_ternary_is_as_in_li_et_al():
@@ -146,6 +160,23 @@ def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(synth
     assert 0.005 < steps.min() / steps.max() < 0.01  # e ** -5
 
 
+def test_a_compander_can_bring_every_layer_near_three_values(synthesizer):
+    network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.ReLU(), nn.Flatten(),
+                            nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
+
+    def errors():
+        weights = [parameter for parameter in synthesizer.synthesize(network, 1).parameters() if parameter.dim() > 1]
+        return [((ROUNDINGS["ternary"](weight) - weight).norm() / weight.norm()).item() for weight in weights]
+
+    before = errors()
+    with torch.no_grad():
+        synthesizer.writer.tuning.offsets[-len(SLOPES) :, 0] = -5.0
+        synthesizer.writer.tuning.offsets[synthesizer.writer.tuning.names.index("slope_from_0.5"), 0] = 2.0
+    after = errors()
+    assert max(after) < 0.25
+    assert all(error < 0.7 * old for error, old in zip(after, before, strict=True))
+
+
 def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
     tuned = with_tuning(synthesizer)
     graph = ComputationGraph(mlp([9, 8]))
@@ -170,17 +201,23 @@ def test_every_reward_is_a_number_of_a_small_network(synthesizer, digits, name):
     assert sum(good) > sum(try_candidate(synthesizer, noise, trials, REWARDS[name]))
 
 
-def test_networks_that_break_are_worth_nothing(synthesizer, digits):
+def test_networks_that_break_are_worth_nothing_and_never_rewarded(synthesizer, digits):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=1, images=20)
-    offsets = torch.full_like(synthesizer.writer.tuning.offsets, 1e4)
-    assert try_candidate(synthesizer, offsets, trials, REWARDS["accuracy"]) == [-float("inf")]
+    offsets = torch.zeros_like(synthesizer.writer.tuning.offsets)
+    offsets[synthesizer.writer.tuning.names.index("logit_scale")] = 1e3  # whose exponential is infinite
+    never = Reward(lambda network, images: pytest.fail("rewarded"))
+    assert try_candidate(synthesizer, offsets, trials, never) == [-float("inf")]
 
 
-def test_random_architectures_are_none_of_those_that_are_evaluated(digits):
-    trials = draw_trials(random.Random(1), None, digits, networks=6, images=5)
-    shapes = [parameter_shapes(trial.graph.module) for trial in trials]
-    assert len({str(one) for one in shapes}) == 6
-    assert not any(one in EVALUATED_SHAPES for one in shapes)
+def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monkeypatch):
+    def shapes():
+        drawn = draw_trials(random.Random(1), None, digits, networks=3, images=5)
+        return [parameter_shapes(trial.graph.module) for trial in drawn]
+
+    first, *others = shapes()
+    assert first not in others
+    monkeypatch.setattr(reinforce_trials, "EVALUATED_SHAPES", [first])
+    assert first not in shapes()
 
 
 def test_a_reward_cannot_spoil_what_is_left_at_its_init(synthesizer):
@@ -269,7 +306,25 @@ def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, mon
     assert "Going on from generation 2" in capsys.readouterr().out
     assert not (users / "killed.state.pth").exists()
     assert torch.equal(offsets_in(users / "killed.pth"), offsets_in(users / "whole.pth"))
-    assert offsets_in(users / "whole.pth").abs().max() > 0.01
+    whole = offsets_in(users / "whole.pth")
+    assert whole.abs().max() > 0.01
+    assert (whole[: -len(SLOPES)] == 0).all()  # without --scalars
+
+    further = ["--synthesizer", "whole.pth", "--deviation", "1e-6", "--evaluations", "4", "--scalars"]
+    command(monkeypatch, *options_of(users, "further"), *further)
+    moved = offsets_in(users / "further.pth") - whole
+    assert 0 < moved.abs().max() < 1e-4
+    assert (moved[: -len(SLOPES)] != 0).any()
+
+
+def test_candidates_of_a_generation_share_their_randomness_and_no_two_generations_do(users, monkeypatch):
+    pytest.importorskip("cmaes")
+    command(monkeypatch, *options_of(users, "noise", "my_reward.py:noise"))
+    values = (users / "noise.txt").read_text().split()
+    generations = [values[start : start + 4] for start in range(0, 24, 4)]
+    assert len(values) == 24
+    assert all(len(set(generation)) == 1 for generation in generations)
+    assert len(set(values)) == 6
 
 
 def test_two_processes_find_what_one_finds(users, monkeypatch):
@@ -314,16 +369,26 @@ def test_a_model_that_cannot_be_read_gets_one_line(users, refusal):
     assert refusal(main, *options).startswith("--model small_net.py:Recurrent: gru")
 
 
+def test_fewer_evaluations_than_a_generation_takes_get_one_line(users, refusal):
+    pytest.importorskip("cmaes")
+    line = refusal(main, *options_of(users, "none"), "--evaluations", 3)
+    assert line == "--evaluations 3: --candidates times --networks, 4, are needed"
+    line = refusal(compare.main, "--reward", "ternary", "--evaluations", 1)
+    assert line == "--evaluations 1: --candidates times --networks, 40, are needed"
+
+
 def test_an_infinite_reward_is_only_a_bad_one(users, monkeypatch):
     pytest.importorskip("cmaes")
     command(monkeypatch, *options_of(users, "infinite", "my_reward.py:infinite"))
     assert (users / "infinite.pth").exists()
 
 
-def test_a_state_of_other_options_is_not_taken(users, refusal, monkeypatch):
+def test_a_state_that_is_broken_or_of_other_options_is_not_taken(users, refusal):
     pytest.importorskip("cmaes")
     (users / "x.state.pth").write_bytes(b"not a state")
-    assert "x.state.pth" in refusal(main, *options_of(users, "x"))
+    assert "x.state.pth: is damaged" in refusal(main, *options_of(users, "x"))
+    save_training(users / "x.state.pth", {"seed": "1"}, 0, 0.0, {})
+    assert "x.state.pth: is of a training with other options" in refusal(main, *options_of(users, "x"))
 
 
 def test_a_missing_package_is_named(users, refusal, monkeypatch):

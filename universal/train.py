@@ -35,6 +35,7 @@ from scripting import (
     option_parser,
     resume_training,
     run_script,
+    run_to_end,
     save_training,
     start_processes,
 )
@@ -85,12 +86,7 @@ def main() -> None:
         print(f"Using device: {options.device}, precision: {precision}, processes: {processes}")
         print(f"Training a synthesiser of {parameters:,} parameters for {options.steps} steps", flush=True)
     training.resume()
-    while training.step < options.steps:
-        training.run(min(training.step + options.report_every, options.steps))
-        if rank == 0:
-            training.report()
-            if training.step < options.steps:
-                training.save()
+    run_to_end(training, options.steps, options.report_every, rank)
     if rank == 0:
         synthesizer = training.average.module.cpu()
         synthesizer.seconds = {"recording": 0.0, "training": training.seconds}  # nothing is recorded

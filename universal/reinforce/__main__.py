@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scripting import add_data_options, add_training_options, option_parser, run_script, start_processes
+from scripting import add_data_options, add_training_options, option_parser, run_script, run_to_end, start_processes
 from universal.reinforce.reinforcement import Reinforcement, add_search_options
 from universal.synthesizer import load_synthesizer, save_synthesizer
 
@@ -36,12 +36,7 @@ def main() -> None:
     rank, processes = start_processes(options.device)
     reinforcement = Reinforcement(options, load_synthesizer(options.synthesizer), rank, processes)
     reinforcement.resume()
-    while reinforcement.generation < reinforcement.generations:
-        reinforcement.run(min(reinforcement.generation + options.report_every, reinforcement.generations))
-        if rank == 0:
-            reinforcement.report()
-            if reinforcement.generation < reinforcement.generations:
-                reinforcement.save()
+    run_to_end(reinforcement, reinforcement.steps, options.report_every, rank)
     if rank == 0:
         synthesizer = reinforcement.result().cpu()
         synthesizer.seconds["training"] = synthesizer.seconds.get("training", 0.0) + reinforcement.seconds

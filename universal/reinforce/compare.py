@@ -27,17 +27,17 @@ from scripting import (
 )
 from target_cnn import (
     Dataset,
+    Score,
     TargetCNN,
     flatten_weights,
     load_weights,
-    score,
     scoring_data,
     training_data,
 )
 from universal.graph import Logits
 from universal.plots import new_figure, save_figure
 from universal.reinforce.reinforcement import Reinforcement, add_search_options
-from universal.reinforce.rewards import REWARDS, ROUNDINGS, round_weights
+from universal.reinforce.rewards import REWARDS, ROUNDINGS, score_after
 from universal.reinforce.search import WeightSearch
 from universal.reinforce.trials import graph_of, with_tuning, written
 from universal.synthesizer import GraphWeightSynthesizer, load_synthesizer, random_weights
@@ -108,14 +108,9 @@ class Comparison:
         """What a synthesiser writes from the inits of given seeds, leaving out what breaks."""
         return lambda seeds: filter(None, (written(synthesizer, self.graph, seed) for seed in seeds))
 
-    def measure(self, networks: Iterable[Logits], data: Dataset, rounded: bool) -> tuple[list[float], list[float]]:
-        """Accuracies in % and cross-entropies."""
-        scores = []
-        for network in networks:
-            if rounded:
-                round_weights(network.module, self.rounding)
-            scores.append(score(network, data))
-        return [one.accuracy_percent for one in scores], [one.cross_entropy for one in scores]
+    def measure(self, networks: Iterable[Logits], data: Dataset, rounded: bool) -> list[Score]:
+        """The scores of networks, after rounding if they are to be `rounded`."""
+        return [score_after(self.rounding if rounded else None, network, data) for network in networks]
 
     def run(self, name: str) -> dict:
         """Run a method, and measure it on the way and at its end."""
@@ -124,13 +119,15 @@ class Comparison:
         for point in METHODS[name](self):
             pause = time.perf_counter()
             inits = range(2000, 2000 + CURVE_INITS)
-            accuracies, entropies = self.measure(point.networks(inits), self.held_out, point.rounded)
-            if accuracies:  # else all of them broke
-                curve.append((point.evaluations, 100 - fmean(accuracies), fmean(entropies)))
-            print(f"{name}: {point.evaluations} evaluations, {fmean(accuracies):.2f}% held out", flush=True)
+            scores = self.measure(point.networks(inits), self.held_out, point.rounded)
+            if scores:  # else all of them broke
+                accuracy = fmean(one.accuracy_percent for one in scores)
+                curve.append((point.evaluations, 100 - accuracy, fmean(one.cross_entropy for one in scores)))
+                print(f"{name}: {point.evaluations} evaluations, {accuracy:.2f}% held out", flush=True)
             measuring += time.perf_counter() - pause
         seconds = time.perf_counter() - start - measuring
-        accuracies, _ = self.measure(point.networks(self.unseen), self.test, point.rounded)
+        scores = self.measure(point.networks(self.unseen), self.test, point.rounded)
+        accuracies = [one.accuracy_percent for one in scores] or [0.0]  # if all broke, they classify nothing
         evaluations, errors, entropies = map(list, zip(*curve, strict=True))
         return {
             "method": name, "seconds": seconds, "evaluations": evaluations, "held_out_error_percent": errors,
@@ -152,26 +149,23 @@ def trial_and_error(comparison: Comparison) -> Iterator[Point]:
     reinforcement = Reinforcement(held_out, load_synthesizer(options.synthesizer))
     while True:
         yield Point(reinforcement.evaluations, comparison.write(reinforcement.result()))
-        if reinforcement.generation == reinforcement.generations:
+        if reinforcement.step == reinforcement.steps:
             return
-        step = comparison.every(reinforcement.generations)
-        reinforcement.run(min(reinforcement.generation + step, reinforcement.generations))
+        reinforcement.run(min(reinforcement.step + comparison.every(reinforcement.steps), reinforcement.steps))
 
 
 def best_of_inits(comparison: Comparison) -> Iterator[Point]:
     """Random search: of networks written from so many inits, the one of the highest reward on the same images."""
     options, images, best_reward = comparison.options, comparison.batch(0), -float("inf")
     synthesizer = load_synthesizer(options.synthesizer, options.device)
+    best: list[Logits] = []
     for count in range(1, options.evaluations + 1):
-        (network,) = comparison.write(synthesizer)([FIRST_INIT + count])
-        weights = flatten_weights(network.module)
-        with torch.inference_mode():
+        for network in comparison.write(synthesizer)([FIRST_INIT + count]):
             reward = REWARDS[options.reward].of(network, images)
-        if reward > best_reward:
-            best, best_reward = weights, reward
+            if reward > best_reward:
+                best, best_reward = [network], reward
         if count == 1 or count % comparison.every(options.evaluations) == 0 or count == options.evaluations:
-            network.module.load_state_dict(load_weights(TargetCNN(), best).state_dict())
-            yield Point(count, lambda seeds, network=network: [network])
+            yield Point(count, lambda seeds, best=best: best)
 
 
 def evolved_weights(comparison: Comparison) -> Iterator[Point]:

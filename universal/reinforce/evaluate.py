@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripting import UserError, add_data_options, number, option_parser, run_script, table
+from scripting import add_data_options, number, option_parser, run_script, table
 from target_cnn import CHECKPOINTS, Dataset, TargetCNN, find_runs, load_run, load_weights, scoring_data
 from universal.graph import Logits
 from universal.networks import EVALUATED
-from universal.reinforce.rewards import ROUNDINGS, accuracy_percent
+from universal.reinforce.rewards import ROUNDINGS, score_after
 from universal.reinforce.trials import graph_of, written
 from universal.synthesizer import SYNTHESIZER, load_synthesizer
 
@@ -67,16 +67,13 @@ def main() -> None:
 
 
 def trained_networks(checkpoints: Path) -> list[Tensor]:
-    """The weights, flat, in the last recorded epoch of each run; none if nothing was recorded."""
-    try:
-        return [load_run(run)[-1] for run in find_runs(checkpoints)]
-    except UserError:
-        return []
+    """The weights, flat, in the last recorded epoch of each run; none if there is no such directory."""
+    return [load_run(run)[-1] for run in find_runs(checkpoints)] if checkpoints.exists() else []
 
 
 def accuracies(networks: Iterable[Logits | None], rounding: Callable | None, data: Dataset) -> list[float]:
     """In %, after `rounding`. A network that breaks classifies nothing."""
-    return [0.0 if network is None else accuracy_percent(network, rounding, data) for network in networks]
+    return [0.0 if network is None else score_after(rounding, network, data).accuracy_percent for network in networks]
 
 
 def spread(values: list[float]) -> str:

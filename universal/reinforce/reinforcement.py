@@ -13,7 +13,7 @@ from torch import Tensor
 from scripting import UserError, number, resume_training, save_training
 from target_cnn import TargetCNN, scoring_data, training_data
 from universal.builders import MODEL_HELP, load_builder
-from universal.reinforce.rewards import REWARDS, accuracy_percent, load_reward
+from universal.reinforce.rewards import REWARDS, load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
 from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
@@ -46,15 +46,20 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Reinforcement:
-    """The state of a search: what a generation changes, and how it is saved and restored.
+    """The state of a search: what a step, a generation of candidates, changes, and how it is saved and restored.
 
-    Raises UserError if there is no such reward or model, or if the model cannot be read.
+    Raises UserError if there is no such reward or model, if the model cannot be read, or if the evaluations do not
+    suffice for a step.
     """
 
     def __init__(
         self, options: argparse.Namespace, synthesizer: GraphWeightSynthesizer, rank: int = 0, processes: int = 1
     ):
         self.options, self.rank, self.processes = options, rank, processes
+        a_step = options.candidates * options.networks
+        self.steps = options.evaluations // a_step
+        if not self.steps:
+            raise UserError(f"--evaluations {options.evaluations}: --candidates times --networks, {a_step}, are needed")
         self.reward = load_reward(options.reward)
         self.build = load_builder(options.model) if options.model else None
         self.synthesizer = with_tuning(synthesizer).to(options.device).eval()
@@ -69,15 +74,14 @@ class Reinforcement:
             self.reported = graph_of((self.build or TargetCNN)(), self.data)
         except ValueError as error:
             raise UserError(f"--model {options.model}: {error}") from error
-        self.generations = max(1, options.evaluations // (options.candidates * options.networks))
-        self.generation, self.seconds = 0, 0.0
+        self.step, self.seconds = 0, 0.0
 
     def run(self, until: int) -> None:
-        """Search up to generation `until`. Raises UserError if the reward fails."""
+        """Search up to step `until`. Raises UserError if the reward fails."""
         options, start = self.options, time.perf_counter()
-        while self.generation < until:
+        while self.step < until:
             # A seed of its own for every generation, the same in all processes.
-            drawn = random.Random(f"{options.seed} {self.generation}")
+            drawn = random.Random(f"{options.seed} {self.step}")
             trials = draw_trials(drawn, self.build, self.data, options.networks, options.images)
             candidates = self.search.ask()
             rewards = torch.zeros(len(candidates), len(trials), dtype=torch.float64)
@@ -90,7 +94,7 @@ class Reinforcement:
                 rewards = rewards.cpu()
             self.search.tell(rewards)
             self.latest = rewards
-            self.generation += 1
+            self.step += 1
         self.seconds += time.perf_counter() - start
 
     def offsets(self, moved: Tensor) -> Tensor:
@@ -108,19 +112,19 @@ class Reinforcement:
     @property
     def evaluations(self) -> int:
         """How many networks have been written and rewarded."""
-        return self.generation * self.options.candidates * self.options.networks
+        return self.step * self.options.candidates * self.options.networks
 
     def report(self) -> None:
         """Print the progress, with the mean accuracy on validation images of networks that the latest mean writes."""
         validation = self.validation[self.validation.labels < self.reported.classes]
         networks = [written(self.result(), self.reported, seed) for seed in range(REPORTED_INITS)]
         accuracy = fmean(
-            float("nan") if network is None else accuracy_percent(network, self.reward.rounding, validation)
+            float("nan") if network is None else score_after(self.reward.rounding, network, validation).accuracy_percent
             for network in networks
         )
-        minutes = self.seconds / self.generation * (self.generations - self.generation) / 60
+        minutes = self.seconds / self.step * (self.steps - self.step) / 60
         print(
-            f"Evaluation {self.evaluations}/{self.evaluations // self.generation * self.generations}: "
+            f"Evaluation {self.evaluations}/{self.evaluations // self.step * self.steps}: "
             f"Median Reward = {self.latest.median():.4f}, Validation Accuracy = {accuracy:5.2f}%, "
             f"Time Left = {minutes:.1f} min",
             flush=True,
@@ -136,11 +140,11 @@ class Reinforcement:
 
     def save(self) -> None:
         """Save the state. Raises UserError if it cannot be written."""
-        save_training(self.options.checkpoint, self.settings(), self.generation, self.seconds, {"search": self.search})
+        save_training(self.options.checkpoint, self.settings(), self.step, self.seconds, {"search": self.search})
 
     def resume(self) -> None:
         """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
         path = self.options.checkpoint
-        self.generation, self.seconds = resume_training(path, self.settings(), {"search": self.search}, MAKER)
-        if self.generation and self.rank == 0:
-            print(f"Going on from generation {self.generation}, saved in {path}", flush=True)
+        self.step, self.seconds = resume_training(path, self.settings(), {"search": self.search}, MAKER)
+        if self.step and self.rank == 0:
+            print(f"Going on from generation {self.step}, saved in {path}", flush=True)

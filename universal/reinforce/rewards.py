@@ -3,16 +3,17 @@
 One more rounding is one more entry of ROUNDINGS. A user's own reward is any function of the written module.
 """
 
+import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripting import UserError, in_short
-from target_cnn import Dataset, score
+from target_cnn import Dataset, Score, score
 from universal.builders import load_callable
 from universal.graph import Logits, place_of
 
@@ -77,25 +78,25 @@ class Reward(NamedTuple):
     rounding: Callable[[Tensor], Tensor] | None = None
 
 
-def logits(network: Logits, images: Tensor) -> Tensor:
-    """[N, classes]. The network stays in evaluation mode."""
-    network.eval()
-    return torch.cat([network(batch) for batch in images.split(BATCH_SIZE)]).float()
+def score_after(rounding: Callable[[Tensor], Tensor] | None, network: Logits, data: Dataset) -> Score:
+    """The score of a network, with its weights rounded in place if there is a `rounding`."""
+    if rounding is not None:
+        round_weights(network.module, rounding)
+    return score(network, data, BATCH_SIZE)
 
 
 def log_likelihood_after(rounding: Callable[[Tensor], Tensor]) -> Reward:
     """Minus the cross-entropy of the rounded network, nats per image. It says more than accuracy about few images."""
 
     def of(network: Logits, data: Dataset) -> float:
-        round_weights(network.module, rounding)
-        return -F.cross_entropy(logits(network, data.images), data.labels).item()
+        return -score_after(rounding, network, data).cross_entropy
 
     return Reward(of, rounding)
 
 
 def accuracy(network: Logits, data: Dataset) -> float:
     """The share of images that are classified rightly, with the weights as they are."""
-    return (logits(network, data.images).argmax(1) == data.labels).float().mean().item()
+    return score_after(None, network, data).accuracy_percent / 100
 
 
 REWARDS: dict[str, Reward] = {
@@ -130,18 +131,9 @@ def load_reward(text: str) -> Reward:
 
 def line_of(function: Callable) -> str:
     """Where a user's function, or class, begins."""
-    import inspect
-
     function = getattr(function, "func", function)  # of a partial
     try:
         lines, number = inspect.getsourcelines(function)
-        return f" ({inspect.getsourcefile(function).rpartition('/')[2]}, line {number}: {lines[0].strip()})"
+        return f" ({Path(inspect.getsourcefile(function)).name}, line {number}: {lines[0].strip()})"
     except (OSError, TypeError):
         return ""
-
-
-def accuracy_percent(network: Logits, rounding: Callable[[Tensor], Tensor] | None, data: Dataset) -> float:
-    """The accuracy in % after `rounding`, which happens in place."""
-    if rounding is not None:
-        round_weights(network.module, rounding)
-    return score(network, data).accuracy_percent

@@ -51,7 +51,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=number(int, 1, 100), default=5, help="networks trained from each init")
     parser.add_argument("--evaluations", type=number(int, 1, 10**6), default=300, help="scores that are asked for")
     parser.add_argument(
-        "--deep", action="store_true", help="train 10 convolutions too, which take most of an hour or several"
+        "--deep", action="store_true", help="train 10 convolutions without norms too: up to ten minutes a training"
     )
     add_output_options(parser, plot="assets/generated_weights.png", results="signature_prior.json")
     add_data_options(parser)
@@ -236,8 +236,7 @@ def spectrum_matched(module: nn.Module, denoiser: Denoiser, seed: int) -> None:
     each_weight(module, lambda w: same_spectrum(w.flatten(1)).view(w.shape))
 
 
-# (module, denoiser, seed), in place; one more init is one more entry.
-# What fills a network, and the colour of its line.
+# What fills a (module, denoiser, seed) in place, and the colour of its line; one more init is one more entry.
 INITS: dict[str, tuple[Callable[[nn.Module, Denoiser, int], None], str]] = {
     "PyTorch's default": (lambda module, denoiser, seed: None, "#000000"),
     "Kaiming normal": (lambda module, denoiser, seed: each_weight(module, nn.init.kaiming_normal_), "#E69F00"),
