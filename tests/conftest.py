@@ -1,12 +1,16 @@
 """What the tests share: ways to run the scripts, and one small recorded experiment."""
 
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import train_target_model
 from scripting import UserError
+from target_cnn import training_data
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -47,13 +51,16 @@ def refusal(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory) -> Path:
-    """A directory in which two epochs were recorded and the diffusion model was trained on them. Not to be changed."""
+    """A directory in which two epochs were recorded, of a third of the training images for speed, and the diffusion
+    model was trained on them. Not to be changed."""
     directory = tmp_path_factory.mktemp("experiment")
-    for script, options in {
-        "train_target_model.py": ["--epochs", 2, "--batch-size", 512],
-        "train_diffusion.py": ["--epochs", 60],
-    }.items():
-        result = run(script, *options, cwd=directory)
-        assert result.returncode == 0, result.stderr
-        (directory / f"{script}.out").write_text(result.stdout)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.chdir(directory)
+        patch.setattr(train_target_model, "training_data", lambda *options: training_data(*options)[:20_000])
+        patch.setattr(sys, "argv", ["train_target_model.py", "--epochs", "2", "--device", "cpu"])
+        train_target_model.main()
+    (directory / "train_target_model.py.out").write_text(printed.getvalue())
+    result = run("train_diffusion.py", "--epochs", 60, cwd=directory)
+    assert result.returncode == 0, result.stderr
+    (directory / "train_diffusion.py.out").write_text(result.stdout)
     return directory

@@ -84,7 +84,7 @@ def test_the_diffusion_loss_falls(experiment):
 
 def test_generalization_prints_the_documents_lines(experiment, tmp_path):
     outputs = ["--plot", tmp_path / "plot.png", "--results", tmp_path / "results.json"]
-    options = ["--steps", 3, "--inits", 2, "--reference-epochs", 0]
+    options = ["--steps", 3, "--inits", 2, "--reference-epochs", 0, "--validation", 3000]
     result = run("evaluate_generalization.py", *outputs, *options, cwd=experiment)
     assert result.returncode == 0, result.stderr
     expected = [
