@@ -21,7 +21,7 @@ ACTIVATIONS = {
 NORMS = {None: 20, "batch": 5, "group": 1, "layer": 1, "instance": 1}
 KERNELS = {3: 12, 5: 4, 1: 1, 7: 1, 4: 1, 2: 0.5, 8: 0.5, 6: 0.5}
 STAGES = {
-    "plain": 16, "residual": 4, "pre-activation": 1, "bottleneck": 1, "separable": 3, "inverted": 1, "branches": 2,
+    "plain": 16, "residual": 4, "pre-activation": 1, "bottleneck": 1, "separable": 6, "inverted": 2, "branches": 2,
     "dense": 1, "gated": 1,
 }  # fmt: skip
 
@@ -129,7 +129,7 @@ def draw_architecture(draw: random.Random, classes: int, refused: list[list[tupl
 
     Its weights are PyTorch's default init, from the global generator of torch.
     """
-    kinds = {"convolutions": 14, "mlp": 4.5, "tokens": 2}
+    kinds = {"convolutions": 14, "mlp": 4.5, "tokens": 3.5}
     makers = {"convolutions": draw_convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
     while True:
         network = makers[drawn(draw, kinds)](draw, classes)
@@ -152,7 +152,7 @@ def draw_hidden(
 def draw_mlp(draw: random.Random, classes: int) -> nn.Module:
     """0 to 5 hidden layers; a linear classifier only of three channels, as that of one is evaluated."""
     hidden = drawn(draw, {0: 2, 1: 4, 2: 5, 3: 2, 4: 1, 5: 1})
-    widths = [log_uniform(draw, *((8, 64) if draw.random() < 0.2 else (32, 512))) for _ in range(hidden)]
+    widths = [log_uniform(draw, *((8, 64) if draw.random() < 0.3 else (32, 512))) for _ in range(hidden)]
     if draw.random() < 0.5:
         widths.sort(reverse=True)
     features = IMAGE_SIDE**2 * (1 if hidden else max(IMAGE_CHANNELS))
@@ -212,7 +212,7 @@ class Convolutional:
         every = 1 if not deep else draw.choice([1, 2, 2, 3])  # stages between reductions of the maps
         stage = 0
         while left > 0:
-            width = log_uniform(draw, 4 if draw.random() < 0.1 else 8, widest)
+            width = log_uniform(draw, 4 if draw.random() < 0.2 else 8, widest)
             reduce = (
                 self.side > 4 and (stage % every == every - 1 or not deep) and (self.side > 7 or draw.random() < 0.3)
             )
