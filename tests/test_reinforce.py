@@ -147,7 +147,7 @@ def test_without_offsets_nothing_changes(synthesizer):
 @pytest.mark.parametrize("flat", [0, 3])
 def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(synthesizer, flat):
     layer = ComputationGraph(mlp([4])).layers[0]
-    tuning = with_tuning(synthesizer).writer.tuning
+    tuning = with_tuning(synthesizer).tuning
     weight = torch.linspace(-3, 3, 4 * 784).view(4, 784)
     with torch.no_grad():
         assert torch.allclose(tuning.companded(layer, weight), weight, rtol=1e-4)
@@ -170,8 +170,8 @@ def test_a_compander_can_bring_every_layer_near_three_values(synthesizer):
 
     before = errors()
     with torch.no_grad():
-        synthesizer.writer.tuning.offsets[-len(SLOPES) :, 0] = -5.0
-        synthesizer.writer.tuning.offsets[synthesizer.writer.tuning.names.index("slope_from_0.5"), 0] = 2.0
+        synthesizer.tuning.offsets[-len(SLOPES) :, 0] = -5.0
+        synthesizer.tuning.offsets[synthesizer.tuning.names.index("slope_from_0.5"), 0] = 2.0
     after = errors()
     assert max(after) < 0.25
     assert all(error < 0.7 * old for error, old in zip(after, before, strict=True))
@@ -182,7 +182,7 @@ def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
     graph = ComputationGraph(mlp([9, 8]))
     before = copy.deepcopy(tuned.synthesize(graph.module, 1).state_dict())
     with torch.no_grad():
-        tuned.writer.tuning.offsets[tuned.writer.tuning.names.index("slope_from_1.0"), 3] = 2.0
+        tuned.tuning.offsets[tuned.tuning.names.index("slope_from_1.0"), 3] = 2.0
     after = tuned.synthesize(graph.module, 1).state_dict()
     ratio = {name: (after[name] / before[name]).flatten() for name in before}
     assert ratio["1.weight"].std() < 1e-3 < ratio[graph.last.weight.name].std()  # other layers are only rescaled
@@ -194,7 +194,7 @@ def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_reward_is_a_number_of_a_small_network(synthesizer, digits, name):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=2, images=200)
-    offsets = torch.zeros_like(synthesizer.writer.tuning.offsets)
+    offsets = torch.zeros_like(synthesizer.tuning.offsets)
     good = try_candidate(synthesizer, offsets, trials, REWARDS[name])
     assert len(good) == 2 and good == try_candidate(synthesizer, offsets, trials, REWARDS[name])
     noise = 2 * torch.randn(offsets.shape, generator=torch.Generator().manual_seed(0))
@@ -203,8 +203,8 @@ def test_every_reward_is_a_number_of_a_small_network(synthesizer, digits, name):
 
 def test_networks_that_break_are_worth_nothing_and_never_rewarded(synthesizer, digits):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=1, images=20)
-    offsets = torch.zeros_like(synthesizer.writer.tuning.offsets)
-    offsets[synthesizer.writer.tuning.names.index("logit_scale")] = 1e3  # whose exponential is infinite
+    offsets = torch.zeros_like(synthesizer.tuning.offsets)
+    offsets[synthesizer.tuning.names.index("logit_scale")] = 1e3  # whose exponential is infinite
     never = Reward(lambda network, images: pytest.fail("rewarded"))
     assert try_candidate(synthesizer, offsets, trials, never) == [-float("inf")]
 
@@ -280,7 +280,7 @@ def command(monkeypatch, *options: str) -> None:
 
 
 def offsets_in(path: Path) -> torch.Tensor:
-    return load_synthesizer(path).writer.tuning.offsets.detach()
+    return load_synthesizer(path).tuning.offsets.detach()
 
 
 def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, monkeypatch, capsys):
@@ -417,7 +417,7 @@ def test_the_comparison_refuses_what_is_no_rounding(refusal):
 
 def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, synthesizer):
     with torch.no_grad():
-        synthesizer.writer.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
+        synthesizer.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
     save_synthesizer(synthesizer, users / "after.pth")
     monkeypatch.setattr(evaluate, "NETWORKS", ("TargetCNN", "half width"))
     options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1", "--validation", "200"]

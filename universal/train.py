@@ -53,7 +53,7 @@ from universal.synthesizer import (
 )
 
 AVERAGE_DECAY = 0.995  # of the exponential moving average
-TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, relative to the networks'
+TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, and of the router, relative to the networks'
 REPORTED = {"TargetCNN": "TargetCNN", "MLP": "MLP 784-256-128-10", "8 conv": "8 convolutions, global pooling"}
 EARLIER_STEPS = {0: 16, 1: 2, 2: 2}  # how often to start from weights that so many steps have written before
 
@@ -68,8 +68,10 @@ def parse_options() -> argparse.Namespace:
         "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: fp32 on a CPU, else the faster"
     )
     parser.add_argument(
-        "--start-from", type=Path, help="a synthesiser, or the state of a training, to train on from (default: nothing)"
-    )
+        "--start-from", type=Path, nargs="+", default=[], metavar="FILE",
+        help="a synthesiser, or the state of a training, to train on from; of several, the experts of all of them "
+        "(default: nothing)",
+    )  # fmt: skip
     add_training_options(parser, report_every=250, checkpoint="universal_training.pth", out=SYNTHESIZER)
     add_data_options(parser)
     parser.set_defaults(validation=2000)
@@ -133,12 +135,14 @@ class Training:
         faster = options.device.type != "cpu" and fast_bf16(options.device)
         self.use_bf16 = options.precision == "bf16" or (options.precision == "auto" and faster)
         torch.manual_seed(options.seed)
-        if options.start_from is None:
+        if options.start_from:
+            self.synthesizer = mixture([earlier_synthesizer(path) for path in options.start_from])
+            if len(options.start_from) > 1 and not options.checkpoint.exists():
+                start_router(self.synthesizer.to(options.device).eval(), self.data, options.seed)
+        else:
             self.synthesizer = GraphWeightSynthesizer(options.probes)
             first = first_of_each_class(self.data, options.probes)
             self.synthesizer.task.start_from(first.images, first.labels)
-        else:
-            self.synthesizer = earlier_synthesizer(options.start_from)
         self.synthesizer.to(options.device).train()
         self.average = AveragedModel(self.synthesizer, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
         # Parallel processes average their gradients; layers of a kind that no process drew have none.
@@ -147,7 +151,8 @@ class Training:
             if processes > 1
             else Reward(self.synthesizer)
         )
-        task = self.synthesizer.task.data()
+        task = [parameter for expert in self.synthesizer.experts for parameter in expert.task.data()]
+        task += self.synthesizer.router.parameters()
         networks = [p for p in self.synthesizer.parameters() if all(p is not other for other in task)]
         self.groups = [networks, task]
         rates = [options.lr, options.lr * TASK_LEARNING_RATE]
@@ -242,7 +247,8 @@ class Training:
         """What a training that goes on must share with the one that was interrupted."""
         names = ("seed", "steps", "batch_size", "lr", "probes", "validation")
         return {name: getattr(self.options, name) for name in names} | {
-            "processes": self.processes, "use_bf16": self.use_bf16, "start_from": str(self.options.start_from),
+            "processes": self.processes, "use_bf16": self.use_bf16,
+            "start_from": [str(path) for path in self.options.start_from], "experts": len(self.synthesizer.experts),
         }  # fmt: skip
 
     def parts(self) -> dict:
@@ -271,11 +277,66 @@ def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
     if not isinstance(content, dict) or "states" not in content:
         return widened(load_synthesizer(path))
     try:
-        average = AveragedModel(GraphWeightSynthesizer(content["settings"]["probes"]))
+        settings = {name: content["settings"][name] for name in ("probes", "experts")}
+        average = AveragedModel(GraphWeightSynthesizer(**settings))
         average.load_state_dict(content["states"]["average"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: neither a synthesiser nor the state of a training: give another file") from error
     return average.module
+
+
+def mixture(synthesizers: list[GraphWeightSynthesizer]) -> GraphWeightSynthesizer:
+    """A synthesiser of all the experts of several, which each network gets equal shares of, until that is learned.
+
+    Raises UserError if their sizes differ.
+    """
+    first, *others = synthesizers
+    if not others:
+        return first
+    experts = [expert for synthesizer in synthesizers for expert in synthesizer.experts]
+    mixed = GraphWeightSynthesizer(**first.settings | {"experts": len(experts)})
+    try:
+        for expert, earlier in zip(mixed.experts, experts, strict=True):
+            expert.load_state_dict(earlier.state_dict())
+    except RuntimeError as error:
+        raise UserError("--start-from: experts of different sizes: give synthesisers with equal settings") from error
+    return mixed
+
+
+def start_router(
+    synthesizer: GraphWeightSynthesizer, data: Dataset, seed: int, networks: int = 400, images: int = 256
+) -> None:
+    """Let the router choose the expert that writes a network best, as measured on random `networks`.
+
+    By logistic regression, in which a network weighs as much as the choice matters for its loss, up to a limit. Learned
+    from equal shares by the gradient of the reward alone, shares hardly come to differ between networks.
+    """
+    draw = random.Random(f"{seed} router")
+    torch.manual_seed(seed)
+    about, losses = [], []
+    with torch.no_grad():
+        for _ in range(networks):
+            network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
+            graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
+            init = graph.weights() | random_weights(graph, draw.getrandbits(31))
+            init = {name: tensor.to(data.images.device) for name, tensor in init.items()}
+            some = data[torch.randint(len(data.labels), (images,))]
+            written = (graph.run(some.images, expert(graph, init)) for expert in synthesizer.experts)
+            losses.append(torch.stack([F.cross_entropy(logits, some.labels) for logits in written]))
+            about.append(synthesizer.about(graph))
+    losses, about = (torch.stack(losses).nan_to_num(10.0) + 0.02).log(), torch.stack(about)
+    best, second = losses.topk(2, largest=False).values.T
+    matters, choice = (second - best).clamp(max=0.3), losses.argmin(1)
+    optimizer = torch.optim.LBFGS(synthesizer.router.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        wrong = F.cross_entropy(synthesizer.router(about), choice, reduction="none")
+        total = (matters * wrong).mean() + 2e-5 * synthesizer.router.weight.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
 
 
 def widened(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:

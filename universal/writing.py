@@ -26,16 +26,16 @@ class Writer(nn.Module):
     A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1, which turn a
     sum over n random inputs into a quadrature, with functions of the position in the kernel or the map. The last layer
     adds the ridge regression, on what the probes are there, of their labels; the hidden layers of networks without
-    convolutions, of concepts, mixed by the neuron's code. Where it is `tunable`, a few numbers more say how large its
-    scalars are, and how the sizes of weights are spread.
+    convolutions, of concepts, mixed by the neuron's code. With `tuning`, a few numbers more say how large its scalars
+    are, and how the sizes of weights are spread.
     """
 
-    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int, tunable: bool):
+    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int, tuning: Tuning | None):
         super().__init__()
         self.dimension, self.rank = dimension, rank
         self.functions = PositionFunctions(dimension, hidden, rank)
         self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
-        self.tuning = Tuning(list(SCALARS)) if tunable else None
+        self.tuning = tuning
         self.concept_scale = nn.Linear(dimension, concepts)
         for start_at_zero in (*self.scalars.values(), self.concept_scale):
             nn.init.zeros_(start_at_zero.weight)

@@ -63,7 +63,7 @@ class Reinforcement:
         self.reward = load_reward(options.reward)
         self.build = load_builder(options.model) if options.model else None
         self.synthesizer = with_tuning(synthesizer).to(options.device).eval()
-        self.start = self.synthesizer.writer.tuning.offsets.detach().clone()
+        self.start = self.synthesizer.tuning.offsets.detach().clone()
         self.searched = slice(0 if options.scalars else -len(SLOPES), None)  # rows
         dimension = self.start[self.searched].numel()
         self.search = CovarianceSearch(dimension, options.candidates, options.deviation, options.seed)
@@ -106,7 +106,7 @@ class Reinforcement:
     @torch.no_grad()
     def result(self) -> GraphWeightSynthesizer:
         """The synthesiser with what the search has come to."""
-        self.synthesizer.writer.tuning.offsets.copy_(self.offsets(self.search.mean))
+        self.synthesizer.tuning.offsets.copy_(self.offsets(self.search.mean))
         return self.synthesizer
 
     @property

@@ -78,7 +78,7 @@ def try_candidate(
 
     Raises UserError if the reward does.
     """
-    synthesizer.writer.tuning.offsets.copy_(offsets)
+    synthesizer.tuning.offsets.copy_(offsets)
     values = []
     for trial in trials:
         network = written(synthesizer, trial.graph, trial.seed)

@@ -1,0 +1,230 @@
+"""One expert of the synthesiser: it writes a network's weights layer by layer, within the network's own forward pass.
+
+Design document, sections 4.1.1 and 4.1.3. A network is written from the images to the classes, inside its own forward
+pass on a few learned images, the probes of its task: so every layer knows what reaches it. What a neuron is to those
+that read it is its key. `universal.reading` reads neurons, `universal.writing` writes weights; permuted neurons are
+written permuted. What the random weights of the first layer sum up to, over its neurons, makes the network's variant,
+which all its layers know.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from universal.calls import Layer, Norm, Shift
+from universal.conditioning import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, cosines_at, describe, mlp
+from universal.graph import IMAGE_CHANNELS, ComputationGraph
+from universal.reading import Reader
+from universal.responses import unit_rms
+from universal.task import Task
+from universal.tuning import Tuning
+from universal.writing import Writer
+
+
+class Table:
+    """A row for each neuron that activations are of, in the order of their numbers.
+
+    It starts with that of none, zeros, and those of the images' channels. The row of a sum of neurons is the sum of
+    theirs.
+    """
+
+    def __init__(self, graph: ComputationGraph, images: Tensor):
+        self.rows = torch.cat([torch.zeros_like(images[:1]), images])
+        self.waiting = graph.neurons.blocks[:0:-1]
+        self.written = {layer.index for layer in graph.layers}
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """The rows of the neurons with these numbers."""
+        while self.waiting and self.waiting[-1][1] not in self.written:
+            count, _, pairs = self.waiting.pop()
+            unknown = self.rows.new_zeros(count, *self.rows.shape[1:])  # of a layer that is left as it is
+            self.rows = torch.cat([self.rows, unknown if pairs is None else self.at(pairs).sum(1)])
+        return self.at(numbers)
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """The rows at these numbers. Unlike that of indexing, its gradient is the same whatever the threads do."""
+        rows = self.rows if self.rows.dim() > 1 else self.rows[:, None]
+        return F.embedding(numbers.to(rows.device), rows).view(*numbers.shape, *self.rows.shape[1:])
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of the layer that comes next."""
+        self.of(torch.zeros(0, dtype=torch.long))
+        self.waiting.pop()
+        self.rows = torch.cat([self.rows, rows])
+
+
+class Expert(nn.Module):
+    """(graph, current weights, step, task) -> new weights, equivariant to permutations of hidden neurons.
+
+    `GraphWeightSynthesizer` says what the settings are; `task` is what the expert has learned of MNIST. With `tuning`
+    its numbers depend on those too.
+    """
+
+    def __init__(
+        self, probes: int, convolution_probes: int, classes: int, dimension: int, concepts: int, rank: int, hidden: int,
+        tuning: Tuning | None,
+    ):  # fmt: skip
+        super().__init__()
+        self.convolution_probes = convolution_probes
+        self.task = Task(probes, classes, concepts, dimension)
+        self.describe = mlp(DESCRIPTION, hidden, dimension)
+        self.reader = Reader(dimension, hidden, rank)
+        self.writer = Writer(dimension, hidden, rank, concepts, tuning)
+        self.image_keys = nn.Parameter(torch.randn(max(IMAGE_CHANNELS), dimension))
+        self.place_key = nn.Linear(FREQUENCIES**2, dimension, bias=False)
+        self.key = ConditionedMLP(dimension, dimension, hidden, dimension)
+        self.key_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
+        self.variant = nn.Linear(dimension, dimension)
+        self.place_values = mlp(dimension, hidden, FREQUENCIES**2)
+        self.place_scale = nn.Parameter(torch.zeros(()))
+
+    def forward(
+        self, graph: ComputationGraph, weights: dict[str, Tensor], step: int = 0, task: Task | None = None
+    ) -> dict[str, Tensor]:
+        """New weights for `graph`, by name, from its current `weights`. `step` 0 starts from a random init.
+
+        Raises ValueError if the graph has more classes than the task.
+        """
+        task = task or self.task
+        if graph.classes > task.labels.shape[1]:
+            raise ValueError(
+                f"{graph.last.name}: has {graph.classes} classes, but the synthesiser knows {task.labels.shape[1]}"
+            )
+        written: dict[str, Tensor] = {}
+        images = self.image_keys[: graph.image_channels]
+        keys = Table(graph, images)
+        means = Table(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
+        variant: Tensor | None = None
+
+        def write_layer(layer: Layer, inputs: Tensor) -> Tensor:
+            """The probes' responses to the layer, once it is written."""
+            nonlocal variant
+            about = self.describe(describe(layer, graph, step).to(inputs))
+            read_keys = keys.of(layer.channels).mean(1)
+            if layer.places is not None:
+                read_keys = read_keys + self.place_key(cosines_at(layer.places.to(inputs)))
+            features = features_of(layer, graph, inputs)
+            if not layer.last:
+                reading = self.reader.read(layer, read_keys, weights, about)
+                if features is not None:
+                    reading = reading + responses_of(layer, features, weights, task)
+                if variant is None:
+                    variant = 0.5 * self.variant(F.layer_norm(reading.sum(0), reading.shape[1:]))
+            if variant is not None:
+                about = about + variant
+            if layer.last:
+                weight = self.writer.classes(layer, read_keys, about, features, task)
+                weight, bias, responses = self.writer.classes_to_scale(layer, inputs, weight, about)
+                keys.add(inputs.new_zeros(layer.shape[0], read_keys.shape[1]))  # no layer reads these
+                means.add(torch.zeros_like(bias))
+            else:
+                neurons = self.reader.neurons(reading, layer.bias and layer.bias.of(weights), about)
+                keys.add(self.key_norm(self.key(neurons, about)))
+                weight, mean = self.writer.hidden(layer, read_keys, neurons, about, features, task)
+                gain = self.writer.scalar("gain", layer, about)
+                means.add(gain * mean)
+                weight, bias, responses = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
+            layer.weight.put(written, weight, weights)
+            if layer.bias:
+                layer.bias.put(written, bias, weights)
+            return responses
+
+        def write_norm(norm: Norm, inputs: Tensor) -> Tensor:
+            """The probes' activations after the norm: neurons come out with a variance of 1, and their wanted means."""
+            parameters, outputs = written_norm(norm, inputs, means.of(norm.channels))
+            for name, part in norm.parameters.items():
+                part.put(written, parameters[name], weights)
+            return outputs
+
+        def write_shift(shift: Shift, inputs: Tensor) -> Tensor:
+            """The probes' activations with the parameter added: neurons come to their wanted means, and know places."""
+            mean = inputs.movedim(shift.axis, -1).flatten(0, -2).mean(0)
+            values = (means.of(shift.channels) - mean)[None]
+            if shift.places is not None:
+                functions = cosines_at(shift.places.to(inputs)) @ self.place_values(keys.of(shift.channels)).T
+                functions = functions - functions.mean(0)
+                values = values + self.place_scale.exp() * unit_rms(functions)
+            others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
+            values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
+            shift.part.put(written, values, weights)
+            return inputs + values
+
+        def write(call: Layer | Norm | Shift, inputs: Tensor) -> Tensor:
+            if isinstance(call, Layer):
+                return write_layer(call, inputs)
+            return write_norm(call, inputs) if isinstance(call, Norm) else write_shift(call, inputs)
+
+        probes = task.probes[: self.convolution_probes if graph.convolutional else None]
+        graph.write(probes, written, write)
+        return balance(graph, written)
+
+
+def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor) -> Tensor | None:
+    """What regressions of a layer on the probes may read, centred, [probes, features]; None where there are none.
+
+    Those of hidden layers on the few probes of a network with convolutions would fit these too closely.
+    """
+    if layer.last and (not layer.is_convolution or layer.positions * layer.groups == 1):
+        places = inputs.movedim(1 if layer.is_convolution else -1, -1)
+        # Logits are averaged over places, and so may be what they are linear in.
+        features = places.flatten(1, -2).mean(1) if places.dim() > 2 else places
+    elif not layer.last and not graph.convolutional and inputs.dim() == 2:
+        features = inputs
+    else:
+        return None
+    return features - features.mean(0)
+
+
+def responses_of(layer: Layer, features: Tensor, weights: dict[str, Tensor], task: Task) -> Tensor:
+    """What the probes' responses to a layer's current weights say about its neurons, [neurons, dimension]."""
+    responses = features @ layer.weight.of(weights).T
+    responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-12)
+    return F.layer_norm(responses.T @ task.responses[: len(responses)], task.responses.shape[1:])
+
+
+def written_norm(norm: Norm, inputs: Tensor, means: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """The parameters of a norm by which neurons come out with a variance of 1 and these `means`; and what comes out.
+
+    The classes keep their scales. Running statistics are those of `inputs`.
+    """
+
+    def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+        rows = values.movedim(norm.axis, 0).flatten(1)
+        return rows.mean(1), rows.var(1, correction=0)
+
+    mean, variance = statistics(inputs)
+    parameters = {"running_mean": mean, "running_var": variance}
+    running = {name: value for name, value in parameters.items() if name in norm.parameters}
+    shift, spread = statistics(norm(inputs, **running))
+    if norm.of_last:
+        parameters |= {"weight": variance.mean().sqrt().expand(mean.shape), "bias": torch.zeros_like(mean)}
+    else:
+        scale = torch.rsqrt(spread + 1e-2)
+        parameters |= {"weight": scale, "bias": means.clamp(-1, 1) - shift * scale}
+    if norm.places:
+        for name in ("weight", "bias"):
+            parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)
+    parameters = {name: value for name, value in parameters.items() if name in norm.parameters}
+    return parameters, norm(inputs, **parameters)
+
+
+def balance(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same network with layers as large as PyTorch's default init has them, relative to each other.
+
+    It computes the same, in weights of the sizes that an optimiser like Adam usually starts from. Only chains of layers
+    that scale with their inputs can be rescaled so; other networks are returned as they are.
+    """
+    if not graph.is_rescalable:
+        return weights
+    norms = torch.stack([weights[layer.weight.name].norm() for layer in graph.layers])
+    usual = torch.tensor([math.sqrt(layer.shape[0] / 3) for layer in graph.layers]).to(norms)
+    factors = (usual / (norms + 1e-8)).log()
+    factors = (factors - factors.mean()).exp()  # whose product is 1
+    balanced = {}
+    for layer, factor, gain in zip(graph.layers, factors, factors.cumprod(0), strict=True):
+        balanced[layer.weight.name] = weights[layer.weight.name] * factor
+        if layer.bias:
+            balanced[layer.bias.name] = weights[layer.bias.name] * gain
+    return weights | balanced
