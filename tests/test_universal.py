@@ -651,13 +651,16 @@ def test_a_router_that_is_sure_takes_that_expert_alone():
 
 def test_training_starts_from_the_experts_of_several_files(tmp_path, monkeypatch, refusal):
     for seed, name in enumerate(("a.pth", "b.pth")):
-        save_synthesizer(small_synthesizer(seed, hidden=512), tmp_path / name)
+        synthesizer = small_synthesizer(seed, hidden=512)
+        synthesizer.seconds = {"recording": 0.0, "training": 1000.0}
+        save_synthesizer(synthesizer, tmp_path / name)
     save_synthesizer(small_synthesizer(0, hidden=512, dimension=32), tmp_path / "smaller.pth")
     options = [*TRAINING[2:], "--steps", 1, "--lr", 1e-9, *files(tmp_path, "both"), "--start-from"]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*options, tmp_path / "a.pth", tmp_path / "b.pth"])])
     monkeypatch.setattr(train, "start_router", partial(train.start_router, networks=3, images=20))
     train.main()
     both = load_synthesizer(tmp_path / "both.pth")
+    assert 2000 < both.seconds["training"] < 2100  # what its experts took is not forgotten
     for expert, name in zip(both.experts, ("a.pth", "b.pth"), strict=True):
         (earlier,) = load_synthesizer(tmp_path / name).experts
         torch.testing.assert_close(expert.state_dict(), earlier.state_dict(), rtol=0, atol=1e-6)

@@ -91,7 +91,8 @@ def main() -> None:
     run_to_end(training, options.steps, options.report_every, rank)
     if rank == 0:
         synthesizer = training.average.module.cpu()
-        synthesizer.seconds = {"recording": 0.0, "training": training.seconds}  # nothing is recorded
+        seconds = training.earlier_seconds + training.seconds
+        synthesizer.seconds = {"recording": 0.0, "training": seconds}  # nothing is recorded
         save_synthesizer(synthesizer, options.out)
         options.checkpoint.unlink(missing_ok=True)
         print(f"Trained in {training.seconds / 60:.1f} min")
@@ -135,8 +136,10 @@ class Training:
         faster = options.device.type != "cpu" and fast_bf16(options.device)
         self.use_bf16 = options.precision == "bf16" or (options.precision == "auto" and faster)
         torch.manual_seed(options.seed)
-        if options.start_from:
-            self.synthesizer = mixture([earlier_synthesizer(path) for path in options.start_from])
+        earlier = [earlier_synthesizer(path) for path in options.start_from]
+        self.earlier_seconds = sum(synthesizer.seconds.get("training", 0.0) for synthesizer in earlier)
+        if earlier:
+            self.synthesizer = mixture(earlier)
             if len(options.start_from) > 1 and not options.checkpoint.exists():
                 start_router(self.synthesizer.to(options.device).eval(), self.data, options.seed)
         else:
@@ -304,7 +307,7 @@ def mixture(synthesizers: list[GraphWeightSynthesizer]) -> GraphWeightSynthesize
 
 
 def start_router(
-    synthesizer: GraphWeightSynthesizer, data: Dataset, seed: int, networks: int = 400, images: int = 256
+    synthesizer: GraphWeightSynthesizer, data: Dataset, seed: int, networks: int = 600, images: int = 512
 ) -> None:
     """Let the router choose the expert that writes a network best, as measured on random `networks`.
 
@@ -332,7 +335,7 @@ def start_router(
     def loss() -> Tensor:
         optimizer.zero_grad()
         wrong = F.cross_entropy(synthesizer.router(about), choice, reduction="none")
-        total = (matters * wrong).mean() + 2e-5 * synthesizer.router.weight.square().sum()
+        total = (matters * wrong).mean() + 2e-6 * synthesizer.router.weight.square().sum()
         total.backward()
         return total
 
@@ -351,6 +354,7 @@ def widened(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
             new[:, old.shape[1] :] = 0
         new[tuple(map(slice, old.shape))] = old
     wider.load_state_dict(state)
+    wider.seconds = synthesizer.seconds
     return wider
 
 
