@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run  # what torchrun runs
+import torch.nn.functional as F
 from conftest import REPOSITORY, assert_png
 from torch import nn
 
@@ -17,7 +18,7 @@ from scripting import save_training
 from target_cnn import load_mnist
 from universal import load_synthesizer
 from universal.architectures import parameter_shapes
-from universal.graph import ComputationGraph
+from universal.graph import ComputationGraph, Logits
 from universal.networks import mlp
 from universal.reinforce import compare, evaluate, reinforcement
 from universal.reinforce import trials as reinforce_trials
@@ -26,7 +27,7 @@ from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weight
 from universal.reinforce.search import CovarianceSearch, WeightSearch, ranks
 from universal.reinforce.trials import draw_trials, try_candidate, with_tuning, written
 from universal.synthesizer import save_synthesizer
-from universal.tuning import SLOPES
+from universal.tuning import SLOPES, SPREAD
 
 NET = """
 from torch import nn
@@ -148,12 +149,12 @@ def test_without_offsets_nothing_changes(synthesizer):
 def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(synthesizer, flat):
     layer = ComputationGraph(mlp([4])).layers[0]
     tuning = with_tuning(synthesizer).tuning
-    weight = torch.linspace(-3, 3, 4 * 784).view(4, 784)
+    weight, inputs = torch.linspace(-3, 3, 4 * 784).view(4, 784), torch.randn(5, 784)
     with torch.no_grad():
-        assert torch.allclose(tuning.companded(layer, weight), weight, rtol=1e-4)
+        assert torch.allclose(tuning.spread(layer, weight, inputs), weight, rtol=1e-4)
         tuning.offsets[tuning.names.index(SLOPES[flat]), 0] = -5
-        companded = tuning.companded(layer, weight)
-        assert torch.allclose(tuning.companded(layer, -weight), -companded)
+        companded = tuning.spread(layer, weight, inputs)
+        assert torch.allclose(tuning.spread(layer, -weight, inputs), -companded)
     order = weight.flatten(1).argsort(1)
     steps = companded.gather(1, order).diff()
     assert (steps >= 0).all()
@@ -175,6 +176,44 @@ def test_a_compander_can_bring_every_layer_near_three_values(synthesizer):
     after = errors()
     assert max(after) < 0.25
     assert all(error < 0.7 * old for error, old in zip(after, before, strict=True))
+
+
+def sizes_of(weight: torch.Tensor) -> torch.Tensor:
+    return weight.flatten(1).abs().mean(1)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(synthesizer, groups):
+    network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, groups=groups), nn.ReLU(),
+                            nn.Flatten(), nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
+    spreads = []
+    for evenness in (-1.0, 0.0, 1.0):
+        with torch.no_grad():
+            synthesizer.tuning.offsets[synthesizer.tuning.names.index("evenness"), 0] = evenness
+        sizes = [
+            sizes_of(parameter) for parameter in synthesizer.synthesize(network, 1).parameters() if parameter.dim() > 1
+        ]
+        spreads.append([(size.std() / size.mean()).item() for size in sizes[:-1]])
+    further, before, equal = spreads
+    assert max(equal) < 1e-3 < min(before)
+    assert all(far > 1.5 * near for far, near in zip(further, before, strict=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_relevance_gives_large_inputs_large_weights(synthesizer, groups):
+    graph = ComputationGraph(
+        nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3, groups=groups), nn.Flatten(), nn.Linear(4608, 10))
+    )
+    layer, tuning = graph.layers[1], synthesizer.tuning
+    inputs = torch.randn(50, 6, 9, 9) * torch.arange(1, 7).view(6, 1, 1)
+    weight = torch.ones(8, 6 // groups, 3, 3)
+    with torch.no_grad():
+        tuning.offsets[tuning.names.index("relevance"), 1] = 1.0  # of convolutions
+        spread = tuning.spread(layer, weight, inputs)
+    for neuron in range(8):
+        first = 0 if groups == 1 or neuron < 4 else 3  # what each half of the neurons reads
+        read = torch.arange(1.0, 7.0)[first : first + 6 // groups]
+        torch.testing.assert_close(sizes_of(spread[neuron]), read / 3.5, rtol=0.1, atol=0.01)
 
 
 def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
@@ -199,6 +238,14 @@ def test_every_reward_is_a_number_of_a_small_network(synthesizer, digits, name):
     assert len(good) == 2 and good == try_candidate(synthesizer, offsets, trials, REWARDS[name])
     noise = 2 * torch.randn(offsets.shape, generator=torch.Generator().manual_seed(0))
     assert sum(good) > sum(try_candidate(synthesizer, noise, trials, REWARDS[name]))
+
+
+def test_a_rounding_is_rewarded_for_the_network_as_it_is_and_rounded(digits):
+    network = mlp([16])
+    with torch.no_grad():
+        logits = [network(digits.images), round_weights(copy.deepcopy(network), ROUNDINGS["binary"])(digits.images)]
+    expected = -sum(F.cross_entropy(each, digits.labels).item() for each in logits) / 2
+    assert REWARDS["binary"].of(Logits(ComputationGraph(network)), digits) == pytest.approx(expected, rel=1e-3)
 
 
 def test_networks_that_break_are_worth_nothing_and_never_rewarded(synthesizer, digits):
@@ -308,13 +355,13 @@ def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, mon
     assert torch.equal(offsets_in(users / "killed.pth"), offsets_in(users / "whole.pth"))
     whole = offsets_in(users / "whole.pth")
     assert whole.abs().max() > 0.01
-    assert (whole[: -len(SLOPES)] == 0).all()  # without --scalars
+    assert (whole[: -len(SPREAD)] == 0).all()  # without --scalars
 
     further = ["--synthesizer", "whole.pth", "--deviation", "1e-6", "--evaluations", "4", "--scalars"]
     command(monkeypatch, *options_of(users, "further"), *further)
     moved = offsets_in(users / "further.pth") - whole
     assert 0 < moved.abs().max() < 1e-4
-    assert (moved[: -len(SLOPES)] != 0).any()
+    assert (moved[: -len(SPREAD)] != 0).any()
 
 
 def test_candidates_of_a_generation_share_their_randomness_and_no_two_generations_do(users, monkeypatch):

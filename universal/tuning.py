@@ -1,9 +1,14 @@
 """Tuning: the few numbers of a synthesiser that can be set by trial and error, where nothing tells a gradient.
 
-They are offsets of the logarithms of the positive numbers with which each layer is written: the writer's own scalars,
-and the slopes of a compander. A compander (as in the quantisation of signals, Bennett 1948) is a monotone function of
-the magnitude of each weight, before the layer is brought to scale. A steep one makes the weights of a neuron alike, one
-that is flat near zero makes most of them small; what is written next then knows what that has done.
+They are offsets of the logarithms of the positive numbers with which each layer is written, the writer's own scalars,
+and say how the sizes of its weights are spread:
+
+- along a *compander* (as in the quantisation of signals, Bennett 1948), a monotone function of the magnitude of each
+  weight. A steep one makes the weights of a neuron alike, one that is flat near zero makes most of them small;
+- by the *relevance* of what they read: larger inputs get larger weights, or smaller ones;
+- by the *evenness* of the neurons: what rounds or prunes a tensor by one threshold spares no neuron of small weights.
+
+All that happens before the layer is brought to scale, so what is written next knows what it has done.
 """
 
 import torch
@@ -13,31 +18,48 @@ from universal.calls import Layer
 
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # magnitudes, in means over the neuron, where the slope may change
 SLOPES = [f"slope_from_{knot}" for knot in KNOTS]
+SPREAD = ["evenness", "relevance", *SLOPES]
 KINDS = ("every layer", "convolutions", "the first layer", "the last layer")  # whose offsets add up
 
 
 class Tuning(nn.Module):
-    """`offsets` [numbers, KINDS] of the logarithms of the `scalars` and of the compander's slopes. At zero, nothing
-    changes."""
+    """`offsets` [numbers, KINDS] of the logarithms of the `scalars`, of evenness and relevance, and of the logarithms
+    of the compander's slopes. At zero, nothing changes."""
 
     def __init__(self, scalars: list[str]):
         super().__init__()
-        self.names = [*scalars, *SLOPES]
+        self.names = [*scalars, *SPREAD]
         self.offsets = nn.Parameter(torch.zeros(len(self.names), len(KINDS)))
 
     def offset(self, name: str, layer: Layer) -> Tensor:
-        """What is added to the logarithm of a number, for a layer, []."""
+        """What is added to a number or its logarithm, for a layer, []."""
         return self.offsets[self.names.index(name)] @ self.kinds(layer)
 
-    def companded(self, layer: Layer, weight: Tensor) -> Tensor:
-        """`weight`, [neurons, ...], with magnitudes along the compander of its layer."""
+    def spread(self, layer: Layer, weight: Tensor, inputs: Tensor) -> Tensor:
+        """`weight`, [neurons, ...], with other magnitudes: times how large the `inputs` are, to the power of the
+        relevance, then along the compander of its layer."""
+        flat = (weight * self.relevances(layer, inputs).view(*weight.shape[:2], *[1] * (weight.dim() - 2))).flatten(1)
         slopes = (self.offsets[-len(KNOTS) :] @ self.kinds(layer)).exp()
         changes = slopes.diff(prepend=slopes.new_zeros(1))
-        flat = weight.flatten(1)
         unit = flat.abs().mean(1, keepdim=True) + 1e-12
         magnitudes = flat.abs() / unit
         companded = sum(change * (magnitudes - knot).relu() for knot, change in zip(KNOTS, changes, strict=True))
         return (flat.sign() * unit * companded).view_as(weight)
+
+    def relevances(self, layer: Layer, inputs: Tensor) -> Tensor:
+        """Powers of the root mean squares of the `inputs` of each neuron, [neurons, inputs of one]."""
+        sizes = inputs.movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2).square().mean(0).sqrt()
+        powers = (sizes / (sizes.mean() + 1e-12) + 1e-6) ** self.offset("relevance", layer)
+        return powers.view(layer.groups, -1).repeat_interleave(layer.shape[0] // layer.groups, 0)
+
+    def evening(self, layer: Layer, weight: Tensor) -> Tensor:
+        """Factors for the neurons of a hidden layer, [neurons].
+
+        They bring the mean magnitudes of their weights closer to each other, with an evenness of 1 to the same one, and
+        with a negative evenness further apart.
+        """
+        sizes = weight.flatten(1).abs().mean(1) + 1e-12
+        return (sizes.log().mean().exp() / sizes) ** self.offset("evenness", layer)
 
     def kinds(self, layer: Layer) -> Tensor:
         """Which of KINDS a layer is of, as numbers."""

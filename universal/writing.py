@@ -129,11 +129,12 @@ class Writer(nn.Module):
         values = decorrelate(responses, self.scalar("correlation_ridge", layer, about) + 1e-2, values).flatten(0, 1)
         weight, own_mean = values[:, :-1].view(positions_first.shape).movedim(-1, 1), values[:, -1]
         if self.tuning is not None:
-            weight = self.tuning.companded(layer, weight)
+            weight = self.tuning.spread(layer, weight, inputs)
             _, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
             weight = weight * inverse_deviation.view(-1, *[1] * (weight.dim() - 1))
             own_mean = own_mean * inverse_deviation
-        weight = gain * weight
+            gain = gain * self.tuning.evening(layer, weight)
+        weight = gain.view(-1, *[1] * (weight.dim() - 1)) * weight
         bias = gain * (mean - own_mean) if layer.bias else None
         return weight, bias, layer(inputs, weight, bias)
 
@@ -142,7 +143,7 @@ class Writer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weight of the last layer brought to scale, its bias, and the responses. Classes keep their scales."""
         if self.tuning is not None:
-            weight = self.tuning.companded(layer, weight)
+            weight = self.tuning.spread(layer, weight, inputs)
         axis = 1 if layer.is_convolution else -1
         responses = layer(inputs, weight).movedim(axis, -1)
         logits = responses.flatten(1, -2).mean(1) if responses.dim() > 2 else responses  # averaged in the end

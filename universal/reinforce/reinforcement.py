@@ -17,7 +17,7 @@ from universal.reinforce.rewards import REWARDS, load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
 from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
-from universal.tuning import SLOPES
+from universal.tuning import SPREAD
 
 REPORTED_INITS = 3  # whose networks are scored in reports
 MAKER = "python -m universal.reinforce"
@@ -41,7 +41,7 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="training images for each network")
     parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
     parser.add_argument(
-        "--scalars", action="store_true", help="search the writer's scalars too, not the compander alone"
+        "--scalars", action="store_true", help="search the writer's scalars too, not only how weights are spread"
     )
 
 
@@ -64,7 +64,7 @@ class Reinforcement:
         self.build = load_builder(options.model) if options.model else None
         self.synthesizer = with_tuning(synthesizer).to(options.device).eval()
         self.start = self.synthesizer.tuning.offsets.detach().clone()
-        self.searched = slice(0 if options.scalars else -len(SLOPES), None)  # rows
+        self.searched = slice(0 if options.scalars else -len(SPREAD), None)  # rows
         dimension = self.start[self.searched].numel()
         self.search = CovarianceSearch(dimension, options.candidates, options.deviation, options.seed)
         self.data = training_data(options.data, options.validation, options.device)
