@@ -680,10 +680,35 @@ def test_the_state_of_a_training_keeps_its_experts(tmp_path, monkeypatch):
     save_synthesizer(small_synthesizer(0, experts=2, hidden=512), tmp_path / "two.pth")
     options = [*TRAINING[2:], "--start-from", tmp_path / "two.pth", *files(tmp_path, "run")]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
-    train.Training(train.parse_options(), 0, 1).save()
+    training = train.Training(train.parse_options(), 0, 1)
+    assert any(parameter is training.synthesizer.router.weight for parameter in training.groups[1])  # the faster group
+    training.save()
     earlier = train.earlier_synthesizer(tmp_path / "run_training.pth")
     expected = load_synthesizer(tmp_path / "two.pth").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in earlier.state_dict().items())
+
+
+def test_the_router_of_a_training_that_goes_on_is_not_fitted_again(tmp_path, monkeypatch):
+    save_synthesizer(small_synthesizer(0, hidden=512), tmp_path / "a.pth")
+    options = [*TRAINING[2:], *files(tmp_path, "run"), "--start-from", tmp_path / "a.pth", tmp_path / "a.pth"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    fitted = []
+    monkeypatch.setattr(train, "start_router", lambda *_: fitted.append(True))
+    for resumed in (False, True):
+        training = train.Training(train.parse_options(), 0, 1)
+        training.resume()
+        assert training.step == resumed and fitted == [True]
+        training.step = 1
+        training.save()
+
+
+def test_files_are_in_half_precision_and_small(tmp_path):
+    save_synthesizer(small_synthesizer(0), tmp_path / "saved.pth")
+    content = torch.load(tmp_path / "saved.pth", weights_only=True)
+    assert all(tensor.dtype == torch.half for tensor in content["state_dict"].values())
+    for path in (SYNTHESIZER, SYNTHESIZER.with_name("ternary.pth")):
+        assert path.stat().st_size < 12e6
+        assert len(load_synthesizer(path).experts) == 2
 
 
 def test_a_file_of_a_single_expert_of_version_5_is_read(tmp_path):

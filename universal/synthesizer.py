@@ -180,8 +180,6 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
         state = content["state_dict"]
         if version == 5:  # which was a single expert
             state = {f"experts.0.{name}": tensor for name, tensor in state.items()}
-            if synthesizer.tuning is not None:
-                state["tuning.offsets"] = state["experts.0.writer.tuning.offsets"]
             state |= {f"router.{name}": tensor for name, tensor in synthesizer.router.state_dict().items()}
         synthesizer.load_state_dict(state)
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}

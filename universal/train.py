@@ -140,8 +140,6 @@ class Training:
         self.earlier_seconds = sum(synthesizer.seconds.get("training", 0.0) for synthesizer in earlier)
         if earlier:
             self.synthesizer = mixture(earlier)
-            if len(options.start_from) > 1 and not options.checkpoint.exists():
-                start_router(self.synthesizer.to(options.device).eval(), self.data, options.seed)
         else:
             self.synthesizer = GraphWeightSynthesizer(options.probes)
             first = first_of_each_class(self.data, options.probes)
@@ -263,11 +261,20 @@ class Training:
         save_training(self.options.checkpoint, self.settings(), self.step, self.seconds, self.parts())
 
     def resume(self) -> None:
-        """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
-        path = self.options.checkpoint
+        """Go on from the saved state, if there is one, else fit the router of a new mixture.
+
+        Raises UserError if the state is broken or of other options.
+        """
+        path, start = self.options.checkpoint, time.perf_counter()
         self.step, self.seconds = resume_training(path, self.settings(), self.parts(), MAKER)
         if self.step and self.rank == 0:
             print(f"Going on from step {self.step}, saved in {path}", flush=True)
+        if not self.step and len(self.options.start_from) > 1:
+            if self.rank == 0:
+                print("Fitting the router on random networks, which takes minutes", flush=True)
+            start_router(self.synthesizer.eval(), self.data, self.options.seed)
+            self.synthesizer.train()
+            self.seconds = time.perf_counter() - start
 
 
 def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
