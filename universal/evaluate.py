@@ -352,8 +352,11 @@ def plot(record: dict, path: Path) -> None:
         first = 0 if row["start"] == "generated" else 1  # a random init, near 10 %, would flatten all the rest
         label = f"{row['start']} start" if row["seed"] == record["seed"] else None
         right.plot(range(first, len(shown)), shown[first:], "o-", color=STARTS[row["start"]], alpha=0.6, label=label)
-    right.set(title="Training TargetCNN with Adam", xlabel="epochs", ylabel="accuracy (%)")
-    right.legend(loc="lower right")
+    if record["training"]:
+        right.set(title="Training TargetCNN with Adam", xlabel="epochs", ylabel="accuracy (%)")
+        right.legend(loc="lower right")
+    else:
+        right.set_axis_off()
     for panel in (middle, right):
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     for panel in (left, middle, right):

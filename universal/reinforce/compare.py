@@ -221,7 +221,8 @@ def straight_through(comparison: Comparison) -> Iterator[Point]:
         images, labels = comparison.batch(step)
         rounded = {name: rounded_straight_through(weight, comparison.rounding) for name, weight in weights.items()}
         adam.zero_grad()
-        F.cross_entropy(graph.run(images, rounded), labels).backward()
+        losses = [F.cross_entropy(graph.run(images, each), labels) for each in (weights, rounded)]
+        (sum(losses) / 2).backward()  # the reward, as it is built in
         torch.nn.utils.clip_grad_norm_(synthesizer.parameters(), 1.0)
         adam.step()
         schedule.step()
@@ -243,16 +244,16 @@ COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#CC79A7", "#555555")
 
 
 def plot(methods: list[dict], options: argparse.Namespace) -> None:
-    """Save two panels over evaluations: the reward, and the error."""
+    """Save two panels over evaluations: minus the cross-entropy, which is rewarded, and the error."""
     figure = new_figure(12, 4.8)
     panels = figure.subplots(1, 2)
     for row, colour in zip(methods, COLOURS, strict=True):
         for panel, key in zip(panels, ("held_out_cross_entropy", "held_out_error_percent"), strict=True):
             values = [-value for value in row[key]] if key == "held_out_cross_entropy" else row[key]
             panel.plot(row["evaluations"], values, color=colour, label=row["method"])
-    panels[0].set(xlabel="Evaluations of the reward", ylabel="Reward (minus nats per image)", yscale="symlog")
+    panels[0].set(xlabel="Evaluations of the reward", ylabel="Minus cross-entropy (nats per image)", yscale="symlog")
     panels[1].set(xlabel="Evaluations of the reward", ylabel="Error on held-out images (%)", yscale="log")
-    panels[0].set_title(f"Reward of TargetCNNs, {options.reward}")
+    panels[0].set_title(f"TargetCNNs, {options.reward}, on held-out images")
     panels[1].set_title("Their error")
     for panel in panels:
         panel.grid(alpha=0.3)
