@@ -199,6 +199,20 @@ def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(synthesizer, 
     assert all(far > 1.5 * near for far, near in zip(further, before, strict=True))
 
 
+def test_a_neuron_that_is_made_larger_keeps_its_mean_in_deviations(synthesizer):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.ReLU(), nn.Linear(30, 10))
+
+    def means():
+        with torch.no_grad():
+            responses = synthesizer.synthesize(network, 1)[:2](synthesizer.task.probes)
+        return responses.mean(0) / responses.std(0)
+
+    before = means()
+    with torch.no_grad():
+        synthesizer.tuning.offsets[synthesizer.tuning.names.index("evenness"), 0] = 2.0
+    torch.testing.assert_close(means(), before, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_relevance_gives_large_inputs_large_weights(synthesizer, groups):
     graph = ComputationGraph(

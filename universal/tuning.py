@@ -8,7 +8,7 @@ and say how the sizes of its weights are spread:
 - by the *relevance* of what they read: larger inputs get larger weights, or smaller ones;
 - by the *evenness* of the neurons: what rounds or prunes a tensor by one threshold spares no neuron of small weights.
 
-All that happens before the layer is brought to scale, so what is written next knows what it has done.
+All that happens while a layer is brought to scale, so what is written next knows what it has done.
 """
 
 import torch
