@@ -21,13 +21,14 @@ from scripting import UserError
 from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, random_init, score
 from universal import GraphWeightSynthesizer, evaluate, load_synthesizer, responses, synthesize, train
 from universal.architectures import (
+    KINDS,
+    MAKERS,
     Concatenation,
     Gate,
     ResidualBlock,
     Sum,
     Tokens,
     draw_architecture,
-    draw_mlp,
     parameter_shapes,
 )
 from universal.conditioning import cosines_of
@@ -195,7 +196,7 @@ def digits():
 
 
 def test_drawn_architectures_can_be_read_and_cover_the_kinds():
-    draw = random.Random(0)
+    draw = random.Random(1)
     seen = set()
     for _ in range(250):
         network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
@@ -238,12 +239,24 @@ def test_drawn_architectures_can_be_read_and_cover_the_kinds():
     assert activations | norms | kinds | {f"kernel {n}" for n in (1, 3, 5, 7)} <= seen
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_kinds_are_drawn(kind):
+    draw = random.Random(0)
+    networks = [draw_architecture(draw, classes=10, kinds=[kind]) for _ in range(20)]
+    types = [{type(module).__name__ for module in network.modules()} for network in networks]
+    graphs = [ComputationGraph(network) for network in networks]
+    assert all(("Tokens" in seen) == (kind == "tokens") for seen in types)
+    assert all(graph.convolutional == (kind != "mlp") for graph in graphs)
+    others = {"AdaptiveAvgPool2d", "GELU", "BatchNorm2d", "Concatenation"} & set().union(*types)
+    assert kind != "ordinary" or not others
+    assert kind != "convolutions" or len(others) > 2
+
+
 def test_the_sampler_never_returns_what_is_evaluated(monkeypatch):
     evaluated, allowed = mlp([200, 200]), mlp([21])
     draws = iter([evaluated, evaluated, allowed])
-    monkeypatch.setattr("universal.architectures.draw_mlp", lambda draw, classes: next(draws))
-    monkeypatch.setattr("universal.architectures.drawn", lambda draw, weights: "mlp")
-    assert draw_architecture(random.Random(0), 10, EVALUATED_SHAPES) is allowed
+    monkeypatch.setitem(MAKERS, "mlp", lambda draw, classes: next(draws))
+    assert draw_architecture(random.Random(0), 10, EVALUATED_SHAPES, kinds=["mlp"]) is allowed
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -524,14 +537,11 @@ def files(directory: Path, name: str) -> list:
 
 
 def state(directory: Path, name: str) -> dict:
-    return torch.load(directory / f"{name}.pth", weights_only=True)["state_dict"]
+    return load_synthesizer(directory / f"{name}.pth").state_dict()
 
 
 def test_training_improves(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        train, "draw_architecture", lambda draw, classes, refused: draw_mlp(draw, classes)
-    )  # the fastest
-    options = [*TRAINING[2:], "--probes", 60, "--steps", 60, "--report-every", 20, "--lr", 2e-3]
+    options = [*TRAINING[2:], "--kinds", "mlp", "--probes", 60, "--steps", 60, "--report-every", 20, "--lr", 2e-3]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*options, *files(tmp_path, "run")])])
     train.main()
     printed = capsys.readouterr().out

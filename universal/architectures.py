@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
 
-# What is drawn how often.
-ORDINARY = 0.4  # of the convolutional networks: ReLU, no norm, and hidden layers that read all the maps
+# What is drawn how often. Ordinary are convolutional networks with ReLU, no norm, and hidden layers that read all maps.
+KINDS = {"ordinary": 5.6, "convolutions": 8.4, "mlp": 4.5, "tokens": 3.5}
 ORDINARY_STAGES = {"plain": 20, "residual": 4}
 ACTIVATIONS = {
     nn.ReLU: 30, nn.GELU: 3, nn.SiLU: 2, nn.LeakyReLU: 2, nn.ELU: 2, nn.SELU: 1, nn.Tanh: 5, nn.Sigmoid: 1,
@@ -124,15 +125,16 @@ def drawn(draw: random.Random, weights: dict):
     return draw.choices(list(weights), list(weights.values()))[0]
 
 
-def draw_architecture(draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = ()) -> nn.Module:
-    """A random network whose parameters have none of the `refused` lists of shapes.
+def draw_architecture(
+    draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = (), kinds: Iterable[str] = KINDS
+) -> nn.Module:
+    """A random network of one of these `kinds`, whose parameters have none of the `refused` lists of shapes.
 
     Its weights are PyTorch's default init, from the global generator of torch.
     """
-    kinds = {"convolutions": 14, "mlp": 4.5, "tokens": 3.5}
-    makers = {"convolutions": draw_convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
+    shares = {kind: KINDS[kind] for kind in kinds}
     while True:
-        network = makers[drawn(draw, kinds)](draw, classes)
+        network = MAKERS[drawn(draw, shares)](draw, classes)
         if network is not None and parameter_shapes(network) not in refused:
             return network
 
@@ -190,15 +192,22 @@ def draw_tokens(draw: random.Random, classes: int) -> nn.Module:
 
 def draw_convolutional(draw: random.Random, classes: int) -> nn.Module | None:
     """A network of 1 to 10 convolutions or so; None if it would cost too much."""
-    return Convolutional(draw, classes).network
+    return Convolutional(draw, classes, ordinary=False).network
+
+
+def draw_ordinary(draw: random.Random, classes: int) -> nn.Module | None:
+    """One of those that most people build; None if it would cost too much."""
+    return Convolutional(draw, classes, ordinary=True).network
+
+
+MAKERS = {"ordinary": draw_ordinary, "convolutions": draw_convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
 
 
 class Convolutional:
     """A random network of 1 to 10 convolutions in the making; `network` is None if it would cost too much."""
 
-    def __init__(self, draw: random.Random, classes: int):
-        self.draw = draw
-        self.ordinary = draw.random() < ORDINARY
+    def __init__(self, draw: random.Random, classes: int, ordinary: bool):
+        self.draw, self.ordinary = draw, ordinary
         self.activation = nn.ReLU if self.ordinary else drawn(draw, ACTIVATIONS)
         self.norm = None if self.ordinary else drawn(draw, NORMS)
         self.channels = 1 if draw.random() < 0.95 else 3

@@ -40,7 +40,7 @@ from scripting import (
     start_processes,
 )
 from target_cnn import Dataset, fast_bf16, score, scoring_data, training_data
-from universal.architectures import draw_architecture
+from universal.architectures import KINDS, draw_architecture
 from universal.graph import IMAGE_SIDE, ComputationGraph
 from universal.networks import EVALUATED, EVALUATED_SHAPES
 from universal.synthesizer import (
@@ -71,6 +71,11 @@ def parse_options() -> argparse.Namespace:
         "--start-from", type=Path, nargs="+", default=[], metavar="FILE",
         help="a synthesiser, or the state of a training, to train on from; of several, the experts of all of them "
         "(default: nothing)",
+    )  # fmt: skip
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of networks (default: all)")
+    parser.add_argument(
+        "--pairs-from", type=number(float, 0, 1), default=0.25, metavar="SHARE",
+        help="of the steps, after which networks with convolutions are written in pairs; 1: never",
     )  # fmt: skip
     add_training_options(parser, report_every=250, checkpoint="universal_training.pth", out=SYNTHESIZER)
     add_data_options(parser)
@@ -190,12 +195,12 @@ class Training:
         # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
         drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
         torch.manual_seed(drawn.getrandbits(31))
-        network = draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES)
+        network = draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES, kinds=options.kinds)
         graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
         (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
         convolutional = graph.convolutional
         # Two networks that are rewarded together learn to err differently; before they are any good, that is a burden.
-        pair = convolutional and earlier == 0 and self.step >= options.steps / 4
+        pair = convolutional and earlier == 0 and self.step >= options.steps * options.pairs_from
         inits = [self.draw_init(graph, drawn, earlier) for _ in range(2 if pair else 1)]
 
         # The better the networks, the fewer images still say something about them: three times as many in the end.
@@ -246,7 +251,7 @@ class Training:
 
     def settings(self) -> dict:
         """What a training that goes on must share with the one that was interrupted."""
-        names = ("seed", "steps", "batch_size", "lr", "probes", "validation")
+        names = ("seed", "steps", "batch_size", "lr", "probes", "kinds", "pairs_from", "validation")
         return {name: getattr(self.options, name) for name in names} | {
             "processes": self.processes, "use_bf16": self.use_bf16,
             "start_from": [str(path) for path in self.options.start_from], "experts": len(self.synthesizer.experts),
