@@ -712,13 +712,36 @@ def test_the_router_of_a_training_that_goes_on_is_not_fitted_again(tmp_path, mon
         training.save()
 
 
-def test_files_are_in_half_precision_and_small(tmp_path):
-    save_synthesizer(small_synthesizer(0), tmp_path / "saved.pth")
+def test_files_are_in_8_bits_and_small(tmp_path):
+    synthesizer = small_synthesizer(0, tunable=True)
+    with torch.no_grad():
+        synthesizer.tuning.offsets.uniform_(-3, 3)
+        synthesizer.experts[0].reader.kernels.weight[2] *= 1000  # which its neighbours must not suffer from
+    save_synthesizer(synthesizer, tmp_path / "saved.pth")
     content = torch.load(tmp_path / "saved.pth", weights_only=True)
-    assert all(tensor.dtype == torch.half for tensor in content["state_dict"].values())
+    size = sum(tensor.numel() for tensor in synthesizer.state_dict().values())
+    assert (tmp_path / "saved.pth").stat().st_size < 1.1 * size + 50_000
+    assert all(tensor.dtype in (torch.int8, torch.half) for tensor in content["state_dict"].values())
+    for name, tensor in load_synthesizer(tmp_path / "saved.pth").state_dict().items():
+        saved = synthesizer.state_dict()[name]
+        rows = saved.flatten(1).abs().amax(1) if saved.dim() > 1 else saved.abs().max()
+        allowed = 0.001 if name == "tuning.offsets" else 0.0045
+        difference = (tensor - saved).abs()
+        assert ((difference.flatten(1).amax(1) if saved.dim() > 1 else difference.max()) <= allowed * rows + 1e-6).all()
     for path in (SYNTHESIZER, SYNTHESIZER.with_name("ternary.pth")):
         assert path.stat().st_size < 12e6
-        assert len(load_synthesizer(path).experts) == 2
+        assert len(load_synthesizer(path).experts) > 1
+
+
+def test_a_file_in_half_precision_of_version_6_is_read(tmp_path):
+    synthesizer, path = small_synthesizer(0, experts=2), tmp_path / "6.pth"
+    save_synthesizer(synthesizer, path)
+    content = torch.load(path, weights_only=True)
+    del content["scales"]
+    state = {name: tensor.half() for name, tensor in synthesizer.state_dict().items()}
+    torch.save(content | {"version": 6, "state_dict": state}, path)
+    loaded = load_synthesizer(path).state_dict()
+    assert all(torch.equal(tensor, state[name].float()) for name, tensor in loaded.items())
 
 
 def test_a_file_of_a_single_expert_of_version_5_is_read(tmp_path):

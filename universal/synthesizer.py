@@ -23,7 +23,7 @@ from universal.writing import SCALARS
 
 SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 6
+VERSION = 7  # 6 had no scales, and 5 a single expert
 
 
 class Accounts(NamedTuple):
@@ -150,15 +150,44 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
 
 
 def save_synthesizer(synthesizer: GraphWeightSynthesizer, path: Path) -> None:
-    """Save a synthesiser with all that rebuilds it, in half precision. Raises UserError if `path` cannot be written."""
+    """Save a synthesiser with all that rebuilds it, in 8 bits. Raises UserError if `path` cannot be written."""
+    state, scales = in_8_bits(synthesizer.state_dict())
     content = {
         "model": type(synthesizer).__name__,
         "version": VERSION,
         "settings": synthesizer.settings,
-        "state_dict": {name: tensor.half() for name, tensor in synthesizer.state_dict().items()},
+        "state_dict": state,
+        "scales": scales,
         "seconds": synthesizer.seconds,
     }
     save_tensors(path, content)
+
+
+def in_8_bits(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Matrices, kernels and images as whole numbers from -127 to 127, and the scale of each of their rows, [rows].
+
+    Vectors, and rows that are hardly longer than a scale, stay as they are, in half precision.
+    """
+    saved, scales = {}, {}
+    for name, tensor in state.items():
+        if tensor.dim() < 2 or tensor[0].numel() < 16:
+            saved[name] = tensor.half()
+            continue
+        scale = (tensor.flatten(1).abs().amax(1) / 127).clamp(min=1e-7).half()
+        saved[name] = (tensor / per_row(scale, tensor)).round().clamp(-127, 127).to(torch.int8)
+        scales[name] = scale
+    return saved, scales
+
+
+def in_full(saved: dict[str, Tensor], scales: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state that `in_8_bits` has made these of, in single precision."""
+    state = {name: tensor.float() for name, tensor in saved.items()}
+    return state | {name: state[name] * per_row(scale, state[name]) for name, scale in scales.items()}
+
+
+def per_row(scale: Tensor, tensor: Tensor) -> Tensor:
+    """`scale` [rows] in the shape that multiplies each row of `tensor` [rows, ...]."""
+    return scale.float().view(-1, *[1] * (tensor.dim() - 1))
 
 
 def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu") -> GraphWeightSynthesizer:
@@ -170,15 +199,15 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
     if not is_synthesizer(content):
         raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
     version = content.get("version")
-    if version not in (5, VERSION):
+    if version not in (5, 6, VERSION):
         raise UserError(
-            f"{path}: a synthesiser of version {version}, but this code reads versions 5 and {VERSION}: "
+            f"{path}: a synthesiser of version {version}, but this code reads versions 5 to {VERSION}: "
             f"make it again with {MAKER}"
         )
     try:
         synthesizer = GraphWeightSynthesizer(**content["settings"])
-        state = content["state_dict"]
-        if version == 5:  # which was a single expert
+        state = in_full(content["state_dict"], content["scales"] if version > 6 else {})
+        if version == 5:
             state = {f"experts.0.{name}": tensor for name, tensor in state.items()}
             state |= {f"router.{name}": tensor for name, tensor in synthesizer.router.state_dict().items()}
         synthesizer.load_state_dict(state)
