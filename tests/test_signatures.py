@@ -34,7 +34,7 @@ from universal.signatures.denoising import CLASSICAL, Denoiser
 from universal.signatures.files import files_below, read_weights
 from universal.signatures.matrices import HELD_OUT, cropped, load_corpus
 from universal.signatures.nulls import INITS, NULL_MODELS, UNTRAINED
-from universal.signatures.statistics import SCORED, alignment, matrix_of, tail_exponent
+from universal.signatures.statistics import COMPARED, SCORED, alignment, matrix_of, tail_exponent
 
 # Packages on which others try what lands here.
 KEPT_ASIDE = {"ddddocr", "nudenet", "speechmos", "basic-pitch", "openwakeword"}
@@ -84,6 +84,23 @@ def test_random_entries_keep_to_the_bulk_and_trained_like_ones_do_not():
     singular = torch.linalg.svdvals(structured(200, 300).double())
     w = structured(200, 300).double()
     assert trained["stable_rank"] == pytest.approx((w.square().sum() / singular[0] ** 2).item(), rel=1e-6)
+
+
+def beyond(matrix: torch.Tensor, null: str) -> torch.Tensor:
+    found = signature(matrix)
+    return torch.tensor([found[f"{name}_beyond_{null}"] for name in COMPARED])
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (300, 700)])
+def test_only_where_entries_stand_in_an_order_do_statistics_lie_beyond_chance(shape):
+    torch.manual_seed(0)
+    noise = torch.randn(shape)
+    scaled = noise * torch.randn(shape[0], 1).exp() * torch.randn(1, shape[1]).exp()  # which is order of a kind
+    assert beyond(noise, "shuffled").abs().median() < 3 < beyond(scaled, "shuffled").abs().median()
+    assert beyond(scaled, "shuffled_within_scales").abs().median() < 3  # but not where scales stay where they are
+    for null in ("shuffled", "shuffled_within_scales"):
+        top_share, entropy, *_ = beyond(structured(*shape), null)
+        assert top_share > 3 and entropy < -3
 
 
 def test_the_tail_exponent_of_a_power_law_is_found():

@@ -20,7 +20,7 @@ from universal.signatures.statistics import SCORED, signature
 TABLE = Path("signature_table.pth")
 KINDS = ["trained", *UNTRAINED]
 BATCH_SIZE = 512
-BLUR = 0.3  # deviations of noise on what a scorer is taught with
+BLUR = 0.7  # deviations of noise on what a scorer is taught with
 SMALLEST_CROP = 6  # rows or columns
 
 

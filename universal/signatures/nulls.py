@@ -10,12 +10,18 @@ def shuffled(w: Tensor) -> Tensor:
     return w.flatten()[torch.randperm(w.numel())].view_as(w)
 
 
-def shuffled_within_scales(w: Tensor, rounds: int = 5) -> Tensor:
-    """The entries shuffled after the scales of rows and columns have been taken off, which come back."""
-    rows, columns = torch.ones(w.shape[0], 1), torch.ones(1, w.shape[1])
+def scales_of(w: Tensor, rounds: int = 5) -> tuple[Tensor, Tensor]:
+    """The scales of rows, [rows, 1], and of columns, [1, columns], without which all have a mean square of 1."""
+    rows, columns = w.new_ones(w.shape[0], 1), w.new_ones(1, w.shape[1])
     for _ in range(rounds):
         rows = (w / columns).square().mean(1, keepdim=True).sqrt() + 1e-12
         columns = (w / rows).square().mean(0, keepdim=True).sqrt() + 1e-12
+    return rows, columns
+
+
+def shuffled_within_scales(w: Tensor) -> Tensor:
+    """The entries shuffled after the scales of rows and columns have been taken off, which come back."""
+    rows, columns = scales_of(w)
     return shuffled(w / rows / columns) * rows * columns
 
 

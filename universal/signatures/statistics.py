@@ -5,9 +5,15 @@ import math
 import torch
 from torch import Tensor
 
+from universal.signatures.nulls import scales_of
+
 MOST_ROWS, MOST_COLUMNS = 2048, 16_384  # of larger matrices, as many rows and columns are drawn
 SMALL = 2**20  # entries up to which statistics are computed in double precision
 LEADING = 0.1  # share of the singular vectors that are looked at
+# What is compared with the same entries in other places, on so many rows and columns, after so many shuffles.
+COMPARED = ("log_top_share", "entropy", "energy_of_top_tenth", "log_row_cosines", "log_column_cosines")
+COMPARED_ROWS, COMPARED_COLUMNS, SHUFFLES = 256, 768, 4
+FURTHEST = 4.0  # asinh of 27 deviations: one further out says no more
 
 # What a scorer reads, in this order; `signature` says what they are.
 SCORED = (
@@ -16,6 +22,7 @@ SCORED = (
     "skewness", "offset", "log_row_norm_variation", "log_column_norm_variation", "log_row_cosine_deviation",
     "row_cosine_mean", "log_column_cosine_deviation", "column_cosine_mean", "log_row_localisation",
     "log_column_localisation", "log_rows", "log_columns",
+    *(f"{name}_beyond_{null}" for null in ("shuffled", "shuffled_within_scales") for name in COMPARED),
 )  # fmt: skip
 
 
@@ -40,11 +47,16 @@ def signature(matrix: Tensor) -> dict[str, float]:
     - `outside_bulk`, the share of the eigenvalues above the edge
     - `sparsity`, the share of entries closer to zero than a twentieth of their deviation (0.04 for a Gaussian)
 
+    Those whose names hold `beyond` say how far a statistic lies from those of the same entries in other places, of all
+    entries, or of what is left of them without the scales of rows and columns, which stay: the asinh of the distance in
+    deviations, of `COMPARED_ROWS` and `COMPARED_COLUMNS` at most. For random matrices the first are near 0, and the
+    second say that their entries, without scales, are a little more even than shuffled ones.
+
     Raises ValueError unless it is a finite matrix of at least 2 x 2 whose entries differ.
     """
     w = normalised(matrix)
     rows, columns = sorted(map(float, matrix.shape))
-    return {"rows": rows, "columns": columns} | spectrum(w) | entries(w) | directions(w)
+    return {"rows": rows, "columns": columns} | spectrum(w) | entries(w) | directions(w) | beyond_chance(w)
 
 
 def normalised(matrix: Tensor) -> Tensor:
@@ -55,7 +67,8 @@ def normalised(matrix: Tensor) -> Tensor:
         raise ValueError("holds complex numbers")
     w = matrix.detach()
     w = w.cpu() if w.device.type == "mps" else w  # which lacks double precision
-    w = reduced(w if w.layout == torch.strided else w.to_dense())
+    w = w if w.layout == torch.strided else w.to_dense()
+    w = reduced(w if w.shape[0] <= w.shape[1] else w.T, MOST_ROWS, MOST_COLUMNS)
     w = w.to(torch.float64 if w.numel() <= SMALL else torch.float32)
     if not w.isfinite().all():
         raise ValueError("holds NaN or infinite weights")
@@ -69,11 +82,10 @@ def normalised(matrix: Tensor) -> Tensor:
     return w
 
 
-def reduced(matrix: Tensor) -> Tensor:
-    """The shorter side as rows, and of very large matrices a part."""
-    w = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+def reduced(w: Tensor, most_rows: int, most_columns: int) -> Tensor:
+    """At most so many rows and columns, in their order."""
     generator = torch.Generator().manual_seed(0)
-    for axis, most in enumerate((MOST_ROWS, MOST_COLUMNS)):
+    for axis, most in enumerate((most_rows, most_columns)):
         if w.shape[axis] > most:
             chosen = torch.randperm(w.shape[axis], generator=generator)[:most].sort().values
             w = w.index_select(axis, chosen.to(w.device))
@@ -183,6 +195,36 @@ def directions(w: Tensor) -> dict[str, float]:
 def variation(norms: Tensor, length: int) -> float:
     """The logarithm of the coefficient of variation of norms, which is near 0 for those of `length` random entries."""
     return math.log((norms.std(correction=0) / norms.mean()).item() * math.sqrt(2 * length) + 1e-3)
+
+
+def beyond_chance(w: Tensor) -> dict[str, float]:
+    """How far the statistics `COMPARED` lie from those of the entries in other places."""
+    w = reduced(w, COMPARED_ROWS, COMPARED_COLUMNS).float()
+    rows, columns = scales_of(w)
+    # In sorted order the entries, and scales, are the same however rows and columns are permuted.
+    within_scales = rows.sort(0).values * columns.sort(1).values
+    generator = torch.Generator().manual_seed(0)
+    places = torch.stack([torch.randperm(w.numel(), generator=generator) for _ in range(SHUFFLES)]).to(w.device)
+    found = {}
+    for null, values, scales in (("shuffled", w, 1), ("shuffled_within_scales", w / rows / columns, within_scales)):
+        values = values.flatten().sort().values
+        values = values if values.pow(3).sum() >= 0 else -values.flip(0)  # whatever the sign of the matrix
+        own, others = compared(w), compared(values[places].view(-1, *w.shape) * scales)
+        distances = (own - others.mean(0)) / (others.std(0) + 1e-6)
+        distances = distances.asinh().clamp(-FURTHEST, FURTHEST).tolist()
+        found |= {f"{name}_beyond_{null}": distance for name, distance in zip(COMPARED, distances, strict=True)}
+    return found
+
+
+def compared(w: Tensor) -> Tensor:
+    """The statistics `COMPARED` of matrices [..., rows, columns]."""
+    e = torch.linalg.eigvalsh(w @ w.mT).clamp(min=0)
+    share = e / e.sum(-1, keepdim=True)
+    leading = max(1, round(LEADING * w.shape[-2]))
+    unit_rows, unit_columns = (w / w.norm(dim=axis, keepdim=True).clamp(min=1e-12) for axis in (-1, -2))
+    cosines = [(unit @ unit.mT).square().sum((-1, -2)).log() for unit in (unit_rows, unit_columns)]
+    entropy = -torch.special.xlogy(share, share).sum(-1)
+    return torch.stack([share[..., -1].log(), entropy, share[..., -leading:].sum(-1), *cosines], -1)
 
 
 def alignment(matrix: Tensor, before: Tensor) -> float:
