@@ -651,9 +651,9 @@ def test_experts_are_merged_as_the_router_says():
 
 def test_a_router_that_is_sure_takes_that_expert_alone():
     one, other = small_synthesizer(0), small_synthesizer(1)
-    mixed = train.mixture([one, other])
+    mixed = train.mixture([one, one, other])
     with torch.no_grad():
-        mixed.router.bias.copy_(torch.tensor([-200.0, 0.0]))
+        mixed.router.bias.copy_(torch.tensor([-200.0, -200.0, 0.0]))
         graph = ComputationGraph(cnn([4, 6], 8))
         expected, found = (synthesizer(graph, random_weights(graph, 0)) for synthesizer in (other, mixed))
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
@@ -686,14 +686,36 @@ def test_the_router_starts_with_what_each_expert_is_worth(synthesizer, digits):
         assert mixed.shares(ComputationGraph(network))[0] < 0.1  # the expert that knows nothing yet
 
 
+def test_the_router_is_as_sharp_as_is_best(digits, monkeypatch):
+    def fitted(sharpest: int) -> GraphWeightSynthesizer:
+        def tried(writers, synthesizer, data, seed, purpose, networks, images):
+            draws = torch.Generator().manual_seed(0)
+            losses = torch.rand(networks, len(writers), generator=draws)
+            if purpose == "sharpness":
+                losses[:, train.SHARPNESSES.index(sharpest)] = -1.0
+            return torch.randn(networks, synthesizer.router.in_features, generator=draws), losses
+
+        monkeypatch.setattr(train, "tried", tried)
+        mixed = small_synthesizer(0, experts=3)
+        train.start_router(mixed, digits, seed=0, networks=200)
+        return mixed.router
+
+    plain, sharp = fitted(1), fitted(4)
+    assert plain.weight.abs().max() > 0
+    torch.testing.assert_close(sharp.weight, 4 * plain.weight)
+    torch.testing.assert_close(sharp.bias, 4 * plain.bias)
+
+
 def test_the_state_of_a_training_keeps_its_experts(tmp_path, monkeypatch):
     save_synthesizer(small_synthesizer(0, experts=2, hidden=512), tmp_path / "two.pth")
     options = [*TRAINING[2:], "--start-from", tmp_path / "two.pth", *files(tmp_path, "run")]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
     training = train.Training(train.parse_options(), 0, 1)
     assert any(parameter is training.synthesizer.router.weight for parameter in training.groups[1])  # the faster group
+    training.seconds = 1000.0
     training.save()
     earlier = train.earlier_synthesizer(tmp_path / "run_training.pth")
+    assert earlier.seconds["training"] == 1000
     expected = load_synthesizer(tmp_path / "two.pth").state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in earlier.state_dict().items())
 

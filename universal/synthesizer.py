@@ -99,8 +99,9 @@ class GraphWeightSynthesizer(nn.Module):
         merged, total = dict(self.experts[0].named_parameters()), shares[0]
         for share, expert in zip(shares[1:], self.experts[1:], strict=True):
             total = total + share
+            part = share / total.clamp(min=1e-30)  # all shares so far may have come to 0
             for name, parameter in expert.named_parameters():
-                merged[name] = torch.lerp(merged[name], parameter, share / total)
+                merged[name] = torch.lerp(merged[name], parameter, part)
         return merged
 
     @torch.no_grad()

@@ -17,12 +17,14 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -55,7 +57,10 @@ from universal.synthesizer import (
 AVERAGE_DECAY = 0.995  # of the exponential moving average
 TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, and of the router, relative to the networks'
 REPORTED = {"TargetCNN": "TargetCNN", "MLP": "MLP 784-256-128-10", "8 conv": "8 convolutions, global pooling"}
+SHARPNESSES = (1, 2, 4, 8)  # of the router's choice
 EARLIER_STEPS = {0: 16, 1: 2, 2: 2}  # how often to start from weights that so many steps have written before
+
+Writing = Callable[[ComputationGraph, dict[str, Tensor]], dict[str, Tensor]]  # (graph, init) -> new weights
 
 
 def parse_options() -> argparse.Namespace:
@@ -295,6 +300,7 @@ def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
         settings = {name: content["settings"][name] for name in ("probes", "experts")}
         average = AveragedModel(GraphWeightSynthesizer(**settings))
         average.load_state_dict(content["states"]["average"])
+        average.module.seconds = {"recording": 0.0, "training": float(content["progress"]["seconds"])}
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: neither a synthesiser nor the state of a training: give another file") from error
     return average.module
@@ -324,34 +330,58 @@ def start_router(
     """Let the router choose the expert that writes a network best, as measured on random `networks`.
 
     By logistic regression, in which a network weighs as much as the choice matters for its loss, up to a limit. Learned
-    from equal shares by the gradient of the reward alone, shares hardly come to differ between networks.
+    from equal shares by the gradient of the reward alone, shares hardly come to differ between networks. How sharp the
+    choice is to be is then tried on a quarter as many: halfway between experts may lie worse ones.
     """
-    draw = random.Random(f"{seed} router")
-    torch.manual_seed(seed)
-    about, losses = [], []
-    with torch.no_grad():
-        for _ in range(networks):
-            network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
-            graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
-            init = graph.weights() | random_weights(graph, draw.getrandbits(31))
-            init = {name: tensor.to(data.images.device) for name, tensor in init.items()}
-            some = data[torch.randint(len(data.labels), (images,))]
-            written = (graph.run(some.images, expert(graph, init)) for expert in synthesizer.experts)
-            losses.append(torch.stack([F.cross_entropy(logits, some.labels) for logits in written]))
-            about.append(synthesizer.about(graph))
-    losses, about = (torch.stack(losses).nan_to_num(10.0) + 0.02).log(), torch.stack(about)
+    about, losses = tried(list(synthesizer.experts), synthesizer, data, seed, "router", networks, images)
     best, second = losses.topk(2, largest=False).values.T
     matters, choice = (second - best).clamp(max=0.3), losses.argmin(1)
-    optimizer = torch.optim.LBFGS(synthesizer.router.parameters(), max_iter=500, line_search_fn="strong_wolfe")
+    router = synthesizer.router
+    optimizer = torch.optim.LBFGS(router.parameters(), max_iter=500, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        wrong = F.cross_entropy(synthesizer.router(about), choice, reduction="none")
-        total = (matters * wrong).mean() + 2e-6 * synthesizer.router.weight.square().sum()
+        wrong = F.cross_entropy(router(about), choice, reduction="none")
+        total = (matters * wrong).mean() + 2e-6 * router.weight.square().sum()
         total.backward()
         return total
 
     optimizer.step(loss)
+
+    def sharpened(sharpness: int) -> Writing:
+        def write(graph: ComputationGraph, init: dict[str, Tensor]) -> dict[str, Tensor]:
+            shares = (sharpness * router(synthesizer.about(graph))).softmax(0)
+            return functional_call(synthesizer.experts[0], synthesizer.merged(shares), (graph, init))
+
+        return write
+
+    writers = [sharpened(sharpness) for sharpness in SHARPNESSES]
+    _, losses = tried(writers, synthesizer, data, seed, "sharpness", -(-networks // 4), images)
+    with torch.no_grad():
+        for parameter in router.parameters():
+            parameter *= SHARPNESSES[losses.mean(0).argmin()]
+
+
+@torch.no_grad()
+def tried(
+    writers: list[Writing], synthesizer: GraphWeightSynthesizer, data: Dataset, seed: int, purpose: str, networks: int,
+    images: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the router knows of random networks, [networks, DESCRIPTION], and the logarithms of their losses when each
+    of the `writers` writes them, [networks, writers]. Each `purpose` has networks of its own."""
+    draw = random.Random(f"{seed} {purpose}")
+    torch.manual_seed(seed)
+    about, losses = [], []
+    for _ in range(networks):
+        network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
+        graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
+        init = graph.weights() | random_weights(graph, draw.getrandbits(31))
+        init = {name: tensor.to(data.images.device) for name, tensor in init.items()}
+        some = data[torch.randint(len(data.labels), (images,))]
+        written = (graph.run(some.images, write(graph, init)) for write in writers)
+        losses.append(torch.stack([F.cross_entropy(logits, some.labels) for logits in written]))
+        about.append(synthesizer.about(graph))
+    return torch.stack(about), (torch.stack(losses).nan_to_num(10.0) + 0.02).log()
 
 
 def widened(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
