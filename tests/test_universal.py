@@ -22,7 +22,6 @@ from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, 
 from universal import GraphWeightSynthesizer, evaluate, load_synthesizer, responses, synthesize, train
 from universal.architectures import (
     KINDS,
-    MAKERS,
     Concatenation,
     Gate,
     ResidualBlock,
@@ -255,7 +254,7 @@ def test_single_kinds_are_drawn(kind):
 def test_the_sampler_never_returns_what_is_evaluated(monkeypatch):
     evaluated, allowed = mlp([200, 200]), mlp([21])
     draws = iter([evaluated, evaluated, allowed])
-    monkeypatch.setitem(MAKERS, "mlp", lambda draw, classes: next(draws))
+    monkeypatch.setitem(KINDS, "mlp", (1, lambda draw, classes: next(draws)))
     assert draw_architecture(random.Random(0), 10, EVALUATED_SHAPES, kinds=["mlp"]) is allowed
 
 

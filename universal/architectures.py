@@ -12,8 +12,7 @@ from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
 
-# What is drawn how often. Ordinary are convolutional networks with ReLU, no norm, and hidden layers that read all maps.
-KINDS = {"ordinary": 5.6, "convolutions": 8.4, "mlp": 4.5, "tokens": 3.5}
+# What is drawn how often; kinds of networks, `KINDS`, stand beside what draws them.
 ORDINARY_STAGES = {"plain": 20, "residual": 4}
 ACTIVATIONS = {
     nn.ReLU: 30, nn.GELU: 3, nn.SiLU: 2, nn.LeakyReLU: 2, nn.ELU: 2, nn.SELU: 1, nn.Tanh: 5, nn.Sigmoid: 1,
@@ -125,20 +124,6 @@ def drawn(draw: random.Random, weights: dict):
     return draw.choices(list(weights), list(weights.values()))[0]
 
 
-def draw_architecture(
-    draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = (), kinds: Iterable[str] = KINDS
-) -> nn.Module:
-    """A random network of one of these `kinds`, whose parameters have none of the `refused` lists of shapes.
-
-    Its weights are PyTorch's default init, from the global generator of torch.
-    """
-    shares = {kind: KINDS[kind] for kind in kinds}
-    while True:
-        network = MAKERS[drawn(draw, shares)](draw, classes)
-        if network is not None and parameter_shapes(network) not in refused:
-            return network
-
-
 def draw_hidden(
     draw: random.Random, features: int, widths: list[int], classes: int, activation, norm
 ) -> list[nn.Module]:
@@ -196,11 +181,29 @@ def draw_convolutional(draw: random.Random, classes: int) -> nn.Module | None:
 
 
 def draw_ordinary(draw: random.Random, classes: int) -> nn.Module | None:
-    """One of those that most people build; None if it would cost too much."""
+    """One with ReLU, no norm, and hidden layers that read all maps; None if it would cost too much."""
     return Convolutional(draw, classes, ordinary=True).network
 
 
-MAKERS = {"ordinary": draw_ordinary, "convolutions": draw_convolutional, "mlp": draw_mlp, "tokens": draw_tokens}
+# How often networks of each kind are drawn, and what draws them.
+KINDS = {
+    "ordinary": (5.6, draw_ordinary), "convolutions": (8.4, draw_convolutional), "mlp": (4.5, draw_mlp),
+    "tokens": (3.5, draw_tokens),
+}  # fmt: skip
+
+
+def draw_architecture(
+    draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = (), kinds: Iterable[str] = KINDS
+) -> nn.Module:
+    """A random network of one of these `kinds`, whose parameters have none of the `refused` lists of shapes.
+
+    Its weights are PyTorch's default init, from the global generator of torch.
+    """
+    makers = {make: share for share, make in (KINDS[kind] for kind in kinds)}
+    while True:
+        network = drawn(draw, makers)(draw, classes)
+        if network is not None and parameter_shapes(network) not in refused:
+            return network
 
 
 class Convolutional:

@@ -349,11 +349,8 @@ def start_router(
     optimizer.step(loss)
 
     def sharpened(sharpness: int) -> Writing:
-        def write(graph: ComputationGraph, init: dict[str, Tensor]) -> dict[str, Tensor]:
-            shares = (sharpness * router(synthesizer.about(graph))).softmax(0)
-            return functional_call(synthesizer.experts[0], synthesizer.merged(shares), (graph, init))
-
-        return write
+        scaled = {f"router.{name}": sharpness * parameter for name, parameter in router.named_parameters()}
+        return lambda graph, init: functional_call(synthesizer, scaled, (graph, init))
 
     writers = [sharpened(sharpness) for sharpness in SHARPNESSES]
     _, losses = tried(writers, synthesizer, data, seed, "sharpness", -(-networks // 4), images)
