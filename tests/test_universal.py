@@ -552,6 +552,18 @@ def test_training_improves(tmp_path, monkeypatch, capsys):
     assert len(re.findall(r"Validation Accuracy = +\d+\.\d+% \(TargetCNN\).*Time Left = \d", printed)) == 3
 
 
+@pytest.mark.parametrize("share, written", [(0, {2}), (0.5, {1, 2}), (1, {1})])
+def test_networks_are_written_in_pairs_from_a_share_of_the_steps_on(tmp_path, monkeypatch, share, written):
+    options = [*TRAINING[2:], "--steps", 4, "--kinds", "ordinary", "--pairs-from", share, *files(tmp_path, "run")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, options)])
+    monkeypatch.setattr(train, "EARLIER_STEPS", {0: 1})
+    training, counts = train.Training(train.parse_options(), 0, 1), []
+    reward = training.parallel
+    training.parallel = lambda graph, inits, *others: counts.append(len(inits)) or reward(graph, inits, *others)
+    training.run(4)
+    assert set(counts) == written and counts == sorted(counts)
+
+
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path, refusal):
     options = [*TRAINING, "--steps", 6, "--report-every", 2]
     whole = command(*options, *files(tmp_path, "whole"))
