@@ -9,6 +9,7 @@ from torch import nn
 
 from target_cnn import TargetCNN
 from universal.architectures import Gate, ResidualBlock, Sum
+from universal.calls import Gain
 from universal.graph import ComputationGraph, logits_of
 from universal.networks import EVALUATED, Example, VisionTransformer, mlp
 
@@ -293,7 +294,7 @@ def test_a_product_with_a_parameter_keeps_the_neurons():
 
     graph = ComputationGraph(Scaled())
     first = graph.layers[0].first_neuron
-    assert graph.left == ["gain"]
+    assert graph.left == [] and [type(shift) for shift in graph.shifts] == [Gain]
     assert graph.last.channels[:, 0].tolist() == [first, first + 1, first + 2, first + 3]
 
 

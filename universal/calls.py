@@ -1,4 +1,4 @@
-"""The calls of torch functions that take weights: layers, norms and parameters that are added.
+"""The calls of torch functions that take weights: layers, norms and parameters that are added or multiplied by.
 
 One more kind of call is one more entry in `KINDS`. `Calls` is the mode under which a forward pass shows them.
 """
@@ -113,6 +113,28 @@ class Layer:
         flat = kernels.flatten(1)
         return flat if self.order is None else flat[:, torch.argsort(self.order)]
 
+    def patches(self, inputs: Tensor, most: int) -> Tensor:
+        """What each group of a convolution reads at up to `most` positions along each side of the maps.
+
+        [groups, N, positions, features], of which the features lie as the weight of a neuron does, flattened.
+        """
+        kernel = self.shape[2:]
+        stride, padding, dilation = ([v] * len(kernel) if isinstance(v, int | str) else v for v in (
+            self.options[name] for name in ("stride", "padding", "dilation")
+        ))  # fmt: skip
+        for axis, size in enumerate(kernel):
+            spread = dilation[axis] * (size - 1)
+            before = {"same": spread // 2, "valid": 0}.get(padding[axis], padding[axis])
+            after = spread - before if padding[axis] == "same" else before
+            inputs = F.pad(inputs, [*[0, 0] * (len(kernel) - 1), before, after])
+            count = (inputs.shape[2 + axis] - spread - 1) // stride[axis] + 1
+            every = -(-count // most)
+            first = stride[axis] * ((count - 1) % every // 2)
+            inputs = inputs.narrow(2 + axis, first, inputs.shape[2 + axis] - first)
+            inputs = inputs.unfold(2 + axis, spread + 1, stride[axis] * every)[..., :: dilation[axis]]
+        positions = inputs.unflatten(1, (self.groups, -1)).flatten(3, 2 + len(kernel))
+        return positions.movedim((1, 0, 3), (0, 1, 2)).flatten(3)
+
     def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
         """The layer's outputs for `inputs`, with the parameters in `weights`."""
         return self(inputs, self.weight.of(weights), self.bias and self.bias.of(weights))
@@ -185,6 +207,7 @@ class Shift:
     axis: int
     places: Tensor | None
     shape: tuple[int, ...]
+    of_last: bool = False  # whether the neurons are the classes
 
     @property
     def parts(self) -> list[Part]:
@@ -193,6 +216,17 @@ class Shift:
     def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
         """What comes out with the parameter in `weights`."""
         return inputs + self.part.of(weights)
+
+
+class Gain(Shift):
+    """A parameter that activations are multiplied by, with the same attributes: one number or more for each neuron."""
+
+    def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
+        """What comes out with the parameter in `weights`."""
+        return inputs * self.part.of(weights)
+
+
+Call = Layer | Norm | Shift  # or a Gain, which is a Shift
 
 
 # ---- one entry a kind ------------------------------------------------------------------------------------------------
@@ -205,7 +239,7 @@ class Kind:
     arguments: tuple[str, ...]
     axis: int
     is_norm: bool = False
-    is_sum: bool = False
+    by_element: type[Shift] | None = None  # what it is if its other input is a parameter
     is_convolution: bool = False
     transposed: bool = False  # whether the weight is [features, neurons]
     by_inputs: str = ""  # of a norm with running statistics: the argument that says not to use them
@@ -241,8 +275,10 @@ KINDS: dict[Callable, Kind] = {
     F.layer_norm: Kind(("input", "normalized_shape", "weight", "bias", "eps"), -1, is_norm=True),
     F.rms_norm: Kind(("input", "normalized_shape", "weight", "eps"), -1, is_norm=True),
 }
-SUM = Kind(("input", "other"), -1, is_sum=True)
+SUM = Kind(("input", "other"), -1, by_element=Shift)
 KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), SUM)
+TIMES = Kind(("input", "other"), -1, by_element=Gain)
+KINDS |= dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__), TIMES)
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
 CONTRACTIONS = {

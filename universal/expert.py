@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.calls import Layer, Norm, Shift
+from universal.calls import Call, Gain, Layer, Norm, Shift
 from universal.conditioning import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, cosines_at, describe, mlp
 from universal.graph import IMAGE_CHANNELS, ComputationGraph
 from universal.reading import Reader
-from universal.responses import unit_rms
+from universal.responses import ridge_regression, unit_rms
 from universal.task import Task
 from universal.tuning import Tuning
 from universal.writing import Writer
@@ -79,6 +79,9 @@ class Expert(nn.Module):
         self.variant = nn.Linear(dimension, dimension)
         self.place_values = mlp(dimension, hidden, FREQUENCIES**2)
         self.place_scale = nn.Parameter(torch.zeros(()))
+        self.gain_scale = nn.Parameter(torch.zeros(()))
+        self.seen = nn.Linear(dimension, dimension, bias=False)
+        nn.init.zeros_(self.seen.weight)
 
     def forward(
         self, graph: ComputationGraph, weights: dict[str, Tensor], step: int = 0, task: Task | None = None
@@ -97,6 +100,7 @@ class Expert(nn.Module):
         keys = Table(graph, images)
         means = Table(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
         variant: Tensor | None = None
+        probes = task.probes[: self.convolution_probes if graph.convolutional else None]
 
         def write_layer(layer: Layer, inputs: Tensor) -> Tensor:
             """The probes' responses to the layer, once it is written."""
@@ -116,16 +120,19 @@ class Expert(nn.Module):
                 about = about + variant
             if layer.last:
                 weight = self.writer.classes(layer, read_keys, about, features, task)
+                if features is not None and not layer.bias:
+                    weight = without_preference(weight, read_by_last(layer, inputs).mean(0), features)
                 weight, bias, responses = self.writer.classes_to_scale(layer, inputs, weight, about)
                 keys.add(inputs.new_zeros(layer.shape[0], read_keys.shape[1]))  # no layer reads these
                 means.add(torch.zeros_like(bias))
             else:
                 neurons = self.reader.neurons(reading, layer.bias and layer.bias.of(weights), about)
-                keys.add(self.key_norm(self.key(neurons, about)))
-                weight, mean = self.writer.hidden(layer, read_keys, neurons, about, features, task)
+                weight, mean = self.writer.hidden(layer, inputs, read_keys, neurons, about, features, task)
                 gain = self.writer.scalar("gain", layer, about)
                 means.add(gain * mean)
                 weight, bias, responses = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
+                seen = seen_by(layer, responses, len(probes), task)
+                keys.add(self.key_norm(self.key(neurons, about) + self.seen(seen)))
             layer.weight.put(written, weight, weights)
             if layer.bias:
                 layer.bias.put(written, bias, weights)
@@ -151,14 +158,41 @@ class Expert(nn.Module):
             shift.part.put(written, values, weights)
             return inputs + values
 
-        def write(call: Layer | Norm | Shift, inputs: Tensor) -> Tensor:
+        def write_gain(gain: Gain, inputs: Tensor) -> Tensor:
+            """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
+            variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
+            scale = torch.ones_like(variance) if gain.of_last else self.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
+            shape = [1] * len(gain.shape)
+            shape[gain.axis % len(shape)] = -1
+            values = scale.view(shape).expand(gain.shape)
+            gain.part.put(written, values, weights)
+            return inputs * values
+
+        def write(call: Call, inputs: Tensor) -> Tensor:
             if isinstance(call, Layer):
                 return write_layer(call, inputs)
+            if isinstance(call, Gain):
+                return write_gain(call, inputs)
             return write_norm(call, inputs) if isinstance(call, Norm) else write_shift(call, inputs)
 
-        probes = task.probes[: self.convolution_probes if graph.convolutional else None]
         graph.write(probes, written, write)
         return balance(graph, written)
+
+
+def read_by_last(layer: Layer, inputs: Tensor) -> Tensor:
+    """What the last layer reads of each probe, [probes, features]: logits are averaged over places in the end, and so
+    may be what they are linear in."""
+    places = inputs.movedim(1 if layer.is_convolution else -1, -1)
+    return places.flatten(1, -2).mean(1) if places.dim() > 2 else places
+
+
+def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
+    """The weight of a last layer without a bias that prefers no class: what it gives for the `mean` [features] is taken
+    off along a direction in which the centred `features` [probes, features] hardly differ."""
+    ridge = mean.new_tensor([0.1])
+    direction = mean - ridge_regression(features, (features @ mean)[:, None], ridge)[0]
+    flat = weight.flatten(1)
+    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean + 1e-8)).view_as(weight)
 
 
 def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor) -> Tensor | None:
@@ -167,14 +201,24 @@ def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor) -> Tensor
     Those of hidden layers on the few probes of a network with convolutions would fit these too closely.
     """
     if layer.last and (not layer.is_convolution or layer.positions * layer.groups == 1):
-        places = inputs.movedim(1 if layer.is_convolution else -1, -1)
-        # Logits are averaged over places, and so may be what they are linear in.
-        features = places.flatten(1, -2).mean(1) if places.dim() > 2 else places
+        features = read_by_last(layer, inputs)
     elif not layer.last and not graph.convolutional and inputs.dim() == 2:
         features = inputs
     else:
         return None
     return features - features.mean(0)
+
+
+def seen_by(layer: Layer, responses: Tensor, probes: int, task: Task) -> Tensor:
+    """What the probes' responses to a hidden layer, once it is written, say about its neurons, [neurons, dimension]."""
+    responses = F.relu(responses.movedim(1 if layer.is_convolution else -1, -1))
+    of_probes = [axis for axis, size in enumerate(responses.shape[:-1]) if size == probes]
+    if not of_probes:  # of parts of them, such as windows
+        return responses.new_zeros(layer.shape[0], task.responses.shape[1])
+    responses = responses.movedim(of_probes[0], 0).reshape(probes, -1, layer.shape[0]).mean(1)
+    responses = responses - responses.mean(0)
+    responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-6)
+    return F.layer_norm(responses.T @ task.responses[:probes], task.responses.shape[1:])
 
 
 def responses_of(layer: Layer, features: Tensor, weights: dict[str, Tensor], task: Task) -> Tensor:

@@ -2,8 +2,8 @@
 
 Design document, section 4.1.1. Nobody describes an architecture by hand, and nothing is re-enacted: the module runs as
 its author wrote it, under a mode that sees every call of a torch function (`universal.calls`). What takes weights is a
-layer, a norm or a shift; what else runs, known or unknown, is followed (`universal.following`). A second run of the
-same kind, on the probes of a generator, writes each layer inside its own call, from the activations that reach it,
+layer, a norm, a shift or a gain; what else runs, known or unknown, is followed (`universal.following`). A second run of
+the same kind, on the probes of a generator, writes each layer inside its own call, from the activations that reach it,
 which are already those of the written layers before it.
 """
 
@@ -28,7 +28,9 @@ from universal.calls import (
     GEOMETRY,
     REFUSED,
     STATISTICS,
+    Call,
     Calls,
+    Gain,
     Kind,
     Layer,
     Norm,
@@ -97,12 +99,12 @@ class ComputationGraph:
     def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
         """The logits of images [N, 1, 28, 28], while the weights are written.
 
-        `write(layer, norm or shift, inputs)` returns the outputs, and puts into `written` what it writes. It is called
+        `write(call, inputs)` returns the outputs, and puts into `written` what it writes. It is called
         once for each, where it is first used.
         """
-        done: list[Layer | Norm | Shift] = []
+        done: list[Call] = []
 
-        def compute(call: Layer | Norm | Shift, inputs: Tensor) -> Tensor:
+        def compute(call: Call, inputs: Tensor) -> Tensor:
             if any(call is other for other in done):
                 return call.of(written, inputs)
             done.append(call)
@@ -122,7 +124,7 @@ class ComputationGraph:
                 return function(*args, **kwargs)
             given = kind.bind(args, kwargs)
             inputs = given["input"]
-            if kind.is_sum and inputs is weights.get(found.part.name):
+            if kind.by_element and inputs is weights.get(found.part.name):
                 inputs = given["other"]
             return compute(found, inputs)
 
@@ -202,7 +204,7 @@ class Reading:
         self.layers: list[Layer] = []
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
-        self.calls: list[tuple[Callable, Layer | Norm | Shift | None]] = []
+        self.calls: list[tuple[Callable, Call | None]] = []
         self.last: Layer | None = None
 
     def start(self, images: Tensor, channels: int, parameters: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
@@ -241,15 +243,15 @@ class Reading:
         """Read a call that may be a layer or a norm, and compute it."""
         follower = self.follower
         given = kind.bind(args, kwargs)
-        if kind.is_sum:
+        if kind.by_element:
             result = function(*args, **kwargs)
-            shift = self._read_shift(given)
+            shift = self._read_shift(kind.by_element, given)
             self.calls.append((function, shift))
             if shift is None:
                 self.follow(function, args, kwargs, result)
             else:
                 summand = given["input"] if follower.part(given["input"]) is None else given["other"]
-                follower.only_scales = False
+                follower.only_scales &= isinstance(shift, Gain)
                 follower.number(result, follower.numbers(summand))
             return result
         numbers, weight = follower.numbers(given["input"]), given.get("weight")
@@ -329,18 +331,19 @@ class Reading:
         self.layers.append(layer)
         return layer
 
-    def _read_shift(self, given: dict) -> Shift | None:
-        """The parameter that a sum adds to activations of as many neurons, if it is such a one."""
+    def _read_shift(self, by_element: type[Shift], given: dict) -> Shift | None:
+        """The parameter that a sum or product combines with activations of as many neurons, if it is such a one."""
         for summand, other in (("input", "other"), ("other", "input")):
             numbers, part = self.follower.numbers(given[summand]), self.follower.part(given[other])
             if numbers is None or part is None or given.keys() - {"input", "other"}:
                 continue
-            shift = next((shift for shift in self.shifts if shift.part.same(part)), None)
+            known = (shift for shift in self.shifts if shift.part.same(part) and type(shift) is by_element)
+            shift = next(known, None)
             lies = where_it_lies(given[other], numbers) if shift is None else None
             if lies is not None:
                 axis, codes, places = lies
                 neurons = self.follower.neurons.numbers(codes)
-                shift = Shift(part.name, part, neurons, axis, places, tuple(given[other].shape))
+                shift = by_element(part.name, part, neurons, axis, places, tuple(given[other].shape))
                 self.shifts.append(shift)
             return shift
         return None
@@ -383,8 +386,8 @@ class Reading:
                 layer.last, self.last = True, layer
         if self.last is None:
             raise Refused(f"{name}: the output must be that of one layer, the classes, averaged and scaled at most")
-        for norm in self.norms:
-            norm.of_last = bool(torch.isin(norm.channels, found).any())
+        for call in (*self.norms, *self.shifts):
+            call.of_last = bool(torch.isin(call.channels, found).any())
         # Layers on side ways, such as those that say where an image is looked at, are left as they are.
         reached = reaching(self.last, self.layers)
         for layer in self.layers:
@@ -427,7 +430,7 @@ def values_at_points(function: Callable, args: tuple, kwargs: dict) -> tuple[flo
 
 
 def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Tensor | None] | None:
-    """How a parameter that is added to activations with these numbers fits them, if it does.
+    """How a parameter that is added to activations with these numbers, or multiplied, fits them, if it does.
 
     That is the axis of the neurons; their codes, [neurons]; and, if it adds something else at every place, the places.
     """

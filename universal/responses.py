@@ -66,9 +66,10 @@ def decorrelate(responses: Tensor, ridge: Tensor, values: Tensor) -> Tensor:
 
 
 def unit_responses(weight: Tensor, inputs: Tensor, each: bool = True) -> Tensor:
-    """The weight, scaled so that the responses to `inputs`, of `each` neuron or of all, have a mean square of 1."""
-    squares = (inputs @ weight.T).square()
-    return weight * torch.rsqrt((squares.mean(0)[:, None] if each else squares.mean()) + 1e-8)
+    """The weight, [..., neurons, features], scaled so that the responses to `inputs`, [..., n, features], of `each`
+    neuron or of all, have a mean square of 1."""
+    squares = (inputs @ weight.mT).square()
+    return weight * torch.rsqrt((squares.mean(-2)[..., None] if each else squares.mean()) + 1e-8)
 
 
 def unit_rms(values: Tensor) -> Tensor:
@@ -77,11 +78,14 @@ def unit_rms(values: Tensor) -> Tensor:
 
 
 def ridge_regression(features: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:
-    """The weight, [outputs, features], that maps centred `features` [probes, features] to `targets` [probes, outputs].
+    """Weights [..., outputs, features], that map centred `features` [..., n, features] to `targets`, [..., n, outputs].
 
-    In the dual form, whose matrix is only [probes, probes]. `ridge` is relative to the mean squared length of features.
+    With matrices of n or of the features, whichever are fewer; `ridge` is relative to the mean squared length of these.
     """
-    gram = features @ features.T
-    scale = gram.diagonal().mean() + 1e-6
-    factor = torch.linalg.cholesky(gram / scale + (ridge + 1e-3) * torch.eye(len(gram), device=gram.device))
-    return torch.cholesky_solve(targets, factor).T @ features / scale
+    rows, count = features.shape[-2:]
+    scale = features.square().mean((-2, -1), keepdim=True) * count + 1e-6
+    dual = rows <= count
+    gram = features @ features.mT if dual else features.mT @ features
+    factor = torch.linalg.cholesky(gram / scale + (ridge + 1e-3) * torch.eye(gram.shape[-1], device=gram.device))
+    solved = torch.cholesky_solve(targets if dual else features.mT @ targets, factor)
+    return (solved.mT @ features if dual else solved.mT) / scale

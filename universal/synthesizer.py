@@ -19,11 +19,12 @@ from universal.expert import Expert
 from universal.graph import ComputationGraph
 from universal.task import Task
 from universal.tuning import Tuning
-from universal.writing import SCALARS
+from universal.writing import TUNABLE
 
 SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 7  # 6 had no scales, and 5 a single expert
+LEAST_SHARE = 1e-3  # of an expert, to be worth its time
+VERSION = 8  # 7 had fewer parameters, 6 no scales, and 5 a single expert
 
 
 class Accounts(NamedTuple):
@@ -62,7 +63,7 @@ class GraphWeightSynthesizer(nn.Module):
         }  # fmt: skip
         self.settings = sizes | {"tunable": tunable, "experts": experts}
         self.seconds: dict[str, float] = {}  # what making it cost, as the diffusion models have it
-        self.tuning = Tuning(list(SCALARS)) if tunable else None
+        self.tuning = Tuning(TUNABLE) if tunable else None
         self.experts = nn.ModuleList(Expert(**sizes, tuning=self.tuning) for _ in range(experts))
         self.router = nn.Linear(DESCRIPTION, experts)
         nn.init.zeros_(self.router.weight)
@@ -95,9 +96,16 @@ class GraphWeightSynthesizer(nn.Module):
         return layers.mean(0).to(self.router.weight)
 
     def merged(self, shares: Tensor) -> dict[str, Tensor]:
-        """The parameters of one expert, by name: the experts' means, weighted by their `shares`."""
-        merged, total = dict(self.experts[0].named_parameters()), shares[0]
-        for share, expert in zip(shares[1:], self.experts[1:], strict=True):
+        """The parameters of one expert, by name: the experts' means, weighted by their `shares`.
+
+        Where nothing learns from it, experts with hardly any share are left out.
+        """
+        chosen = zip(shares, self.experts, strict=True)
+        if not torch.is_grad_enabled():
+            chosen = ((share, expert) for share, expert in chosen if share >= LEAST_SHARE)
+        (total, first), *others = chosen
+        merged = dict(first.named_parameters())
+        for share, expert in others:
             total = total + share
             part = share / total.clamp(min=1e-30)  # all shares so far may have come to 0
             for name, parameter in expert.named_parameters():
@@ -200,7 +208,7 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
     if not is_synthesizer(content):
         raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
     version = content.get("version")
-    if version not in (5, 6, VERSION):
+    if version not in (5, 6, 7, VERSION):
         raise UserError(
             f"{path}: a synthesiser of version {version}, but this code reads versions 5 to {VERSION}: "
             f"make it again with {MAKER}"
@@ -210,7 +218,8 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
         state = in_full(content["state_dict"], content["scales"] if version > 6 else {})
         if version == 5:
             state = {f"experts.0.{name}": tensor for name, tensor in state.items()}
-            state |= {f"router.{name}": tensor for name, tensor in synthesizer.router.state_dict().items()}
+        if version < VERSION:
+            state = synthesizer.state_dict() | state  # what was added changes nothing as it starts
         synthesizer.load_state_dict(state)
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:

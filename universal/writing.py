@@ -12,12 +12,15 @@ from universal.responses import decorrelate, ridge_regression, unit_responses, u
 from universal.task import Task
 from universal.tuning import Tuning
 
+POSITIONS = 3  # along each side of the maps, at which regressions look at what a convolution reads
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
 SCALARS = {
     "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
-    "correlation_ridge": 0.0, "logit_scale": 0.5, "gain": 0.0,
+    "patch_ridge": -2.0, "correlation_ridge": 0.0, "logit_scale": 0.5, "gain": 0.0,
 }  # fmt: skip
+
+TUNABLE = [name for name in SCALARS if name != "patch_ridge"]
 
 
 class Writer(nn.Module):
@@ -26,8 +29,8 @@ class Writer(nn.Module):
     A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1, which turn a
     sum over n random inputs into a quadrature, with functions of the position in the kernel or the map. The last layer
     adds the ridge regression, on what the probes are there, of their labels; the hidden layers of networks without
-    convolutions, of concepts, mixed by the neuron's code. With `tuning`, a few numbers more say how large its scalars
-    are, and how the sizes of weights are spread.
+    convolutions, and convolutions at some positions, of concepts, mixed by the neuron's code. With `tuning`, a few
+    numbers more say how large its scalars are, and how the sizes of weights are spread.
     """
 
     def __init__(self, dimension: int, hidden: int, rank: int, concepts: int, tuning: Tuning | None):
@@ -37,7 +40,8 @@ class Writer(nn.Module):
         self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
         self.tuning = tuning
         self.concept_scale = nn.Linear(dimension, concepts)
-        for start_at_zero in (*self.scalars.values(), self.concept_scale):
+        self.patch_share = nn.Linear(dimension, 1)
+        for start_at_zero in (*self.scalars.values(), self.concept_scale, self.patch_share):
             nn.init.zeros_(start_at_zero.weight)
             nn.init.zeros_(start_at_zero.bias)
         self.code = ConditionedMLP(dimension, dimension, hidden, dimension + 1)
@@ -50,8 +54,9 @@ class Writer(nn.Module):
         self.concept_code_norm = nn.Sequential(nn.LayerNorm(concepts), AcrossNeurons())
 
     def hidden(
-        self, layer: Layer, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None, task: Task
-    ) -> tuple[Tensor, Tensor]:
+        self, layer: Layer, inputs: Tensor, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None,
+        task: Task,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new weight of a hidden layer, of any scale, and the bias of its standardised responses.
 
         The bias stays within one deviation. Free, it grows in training until no neuron is ever off: random inits do
@@ -60,14 +65,29 @@ class Writer(nn.Module):
         """
         codes, bias = self.code(neurons, about).split([self.dimension, 1], 1)
         weight = self.bilinear(layer, keys, self.code_norm(codes), about)
-        if features is not None:
-            concepts = F.layer_norm(task.concepts[: len(features)], task.concepts.shape[1:])
+
+        def wanted_of(probes: int) -> Tensor:
+            """What the neurons are to say of the first `probes`, [probes, neurons]."""
+            concepts = F.layer_norm(task.concepts[:probes], task.concepts.shape[1:])
             concepts = concepts * self.concept_scale(about).exp()
+            return concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T
+
+        if features is not None:
             ridge = self.scalar("concept_ridge", layer, about)
-            wanted = concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T
-            fitted = ridge_regression(features, wanted, ridge)
+            fitted = ridge_regression(features, wanted_of(len(features)), ridge)
             share = self.scalar("concept_share", layer, about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
+        if layer.is_convolution:
+            share = self.patch_share(about)
+            if share.requires_grad or share != 0:
+                patches = layer.patches(inputs, POSITIONS)
+                groups, probes, positions, _ = patches.shape
+                rows = (patches - patches.mean((1, 2), keepdim=True)).flatten(1, 2)
+                wanted = wanted_of(probes)[:, None].expand(-1, positions, -1).flatten(0, 1)
+                wanted = wanted.unflatten(1, (groups, -1)).movedim(1, 0)
+                fitted = ridge_regression(rows, wanted, self.scalar("patch_ridge", layer, about))
+                flat = weight.flatten(1).unflatten(0, (groups, -1))
+                weight = (unit_responses(flat, rows) + share * unit_responses(fitted, rows)).view_as(weight)
         return weight, torch.tanh(0.3 * bias[:, 0])
 
     def classes(self, layer: Layer, keys: Tensor, about: Tensor, features: Tensor | None, task: Task) -> Tensor:
@@ -107,7 +127,7 @@ class Writer(nn.Module):
     def scalar(self, name: str, layer: Layer, about: Tensor) -> Tensor:
         """One of the positive numbers that depend on the layer, [1]."""
         logarithm = self.scalars[name](about) + SCALARS[name]
-        if self.tuning is not None:
+        if self.tuning is not None and name in self.tuning.names:
             logarithm = logarithm + self.tuning.offset(name, layer)
         return logarithm.exp()
 
@@ -150,6 +170,8 @@ class Writer(nn.Module):
         mean = logits.mean(0)
         scale = self.scalar("logit_scale", layer, about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
         bias = -mean * scale
+        if layer.activation and layer.activation[0] == layer.activation[1]:
+            bias = bias + 3 * (responses * scale).std()  # what is flat below zero, such as a ReLU, is to let all pass
         return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, axis)
 
 
