@@ -1,6 +1,7 @@
 """The universal synthesiser: equivariance, what it writes, its training, and the commands."""
 
 import json
+import math
 import random
 import re
 import signal
@@ -23,10 +24,12 @@ from universal import GraphWeightSynthesizer, evaluate, load_synthesizer, respon
 from universal.architectures import (
     KINDS,
     Concatenation,
+    Gain,
     Gate,
     ResidualBlock,
     Sum,
     Tokens,
+    Transposed,
     draw_architecture,
     parameter_shapes,
 )
@@ -137,6 +140,22 @@ NETWORKS = {
         lambda: nn.Sequential(nn.Conv2d(1, 6, 3, 2), Gate(6, 3), nn.Flatten(), nn.Linear(6 * 169, 10)),
         [(layer("0") + layer("1.gate.3"), ["1.gate.1.weight", "3.weight"]), (layer("1.gate.1"), ["1.gate.3.weight"])],
     ),
+    "gains, channels last": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 4, 4), Sum(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), Transposed(nn.Sequential(
+                nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8), Gain(8, 0.1),
+            )))), *CLASSES, nn.Linear(8, 10, bias=False),
+        ),
+        [([*layer("0"), *layer("1.inner.0"), *layer("1.inner.1.inner.0"), *layer("1.inner.1.inner.3"),
+           "1.inner.1.inner.4.gain"], ["1.inner.1.inner.1.weight", "4.weight"]),
+         (layer("1.inner.1.inner.1"), ["1.inner.1.inner.3.weight"])],
+    ),
+    "rows": (
+        lambda: nn.Sequential(
+            nn.Flatten(), nn.Unflatten(1, (28, 28)), nn.Conv1d(28, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(156, 10)
+        ),
+        [(layer("2"), ["5.weight"])],
+    ),
     "one of two branches": (
         lambda: nn.Sequential(
             Sum(nn.Conv2d(1, 6, 3, padding=1), nn.Conv2d(1, 6, 1)),
@@ -225,6 +244,9 @@ def test_drawn_architectures_can_be_read_and_cover_the_kinds():
     }
     norms = {"BatchNorm2d", "BatchNorm1d", "GroupNorm", "InstanceNorm2d", "LayerNorm"}
     kinds = {
+        "Conv1d",
+        "Gain",
+        "Shuffled",
         "Sum",
         "Concatenation",
         "Gate",
@@ -279,6 +301,82 @@ def test_permuted_neurons_are_written_permuted(name, step):
     for key in written:
         torch.testing.assert_close(crossed[key], straight[key], rtol=1e-6, atol=1e-7)
     assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in written)  # it reads the init
+
+
+def test_a_last_layer_without_a_bias_prefers_no_class(synthesizer, digits):
+    network = EVALUATED["TargetCNN"]()
+    network.fc2 = nn.Linear(128, 10, bias=False)
+    network = synthesizer.synthesize(network, seed=0)
+    with torch.no_grad():
+        logits = network(digits.images[:1000])
+    assert score(network, digits[:1000]).accuracy_percent > 95  # 58 if nothing is done about it
+    assert logits.mean(0).std() < 0.3 * logits.std()
+
+
+def test_what_follows_the_classes_lets_them_pass(synthesizer, digits):
+    head = [nn.Conv2d(32, 10, 1), nn.ReLU(), *CLASSES]  # as SqueezeNet ends
+    body = [nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU()]
+    network = synthesizer.synthesize(nn.Sequential(*body, *head), seed=0)
+    with torch.no_grad():
+        assert (nn.Sequential(*network[:5])(digits.images[:100]) > 0).float().mean() > 0.9
+
+
+def test_gains_bring_their_neurons_to_one_scale(synthesizer):
+    block = Sum(Transposed(nn.Sequential(nn.Linear(8, 8), nn.GELU(), Gain(8, 1e-6))))
+    network = nn.Sequential(nn.Conv2d(1, 8, 4, 4), block, *CLASSES, nn.Linear(8, 10))
+    accounts = synthesizer.write(network, seed=0)
+    assert "1.inner.inner.2.gain" in accounts.written and accounts.left == []
+    assert 0.1 < block.inner.inner[2].gain.abs().median() < 10
+
+
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, padding=1), (5, 4, 7, 7)),
+        (nn.Conv2d(4, 8, (3, 5), (2, 1), (1, 2), (1, 2), groups=2), (5, 4, 11, 12)),
+        (nn.Conv2d(4, 4, 4, padding="same", groups=4), (5, 4, 6, 6)),
+        (nn.Conv1d(4, 6, 5, 3, 2, 2), (5, 4, 30)),
+    ],
+    ids=["plain", "dilated, in groups", "same", "1-d"],
+)
+def test_patches_are_what_a_convolution_reads(convolution, shape):
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(784, math.prod(shape[1:])), nn.Unflatten(1, shape[1:]), convolution, nn.Flatten(),
+        nn.LazyLinear(10),
+    )  # fmt: skip
+    layer = ComputationGraph(network).layers[1]
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = convolution.weight.detach()
+    neurons = weight.flatten(1).unflatten(0, (layer.groups, -1))
+    read = torch.einsum("gnpf,gof->ngop", layer.patches(inputs, most=100), neurons).flatten(1, 2)
+    torch.testing.assert_close(read, layer(inputs, weight).flatten(2))
+    some = layer.patches(inputs, most=3)
+    assert 2 ** len(shape[2:]) <= some.shape[2] <= 3 ** len(shape[2:])
+    assert all((layer.patches(inputs, 100) == patch[:, :, None]).all(3).any(2).all() for patch in some.unbind(2))
+
+
+def test_regressions_are_the_same_in_either_form():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 30, 12, dtype=torch.float64, generator=generator)
+    targets = torch.randn(2, 30, 4, dtype=torch.float64, generator=generator)
+    ridge = torch.tensor([0.2], dtype=torch.float64)
+    few = responses.ridge_regression(features, targets, ridge)
+    wide = torch.cat([features, torch.zeros(2, 30, 40)], 2)  # which makes it the other form
+    many = responses.ridge_regression(wide, targets, ridge)
+    torch.testing.assert_close(many[..., :12], few)
+    strength = (0.2 + 1e-3) * features.square().sum(-1).mean(-1)[:, None, None]
+    normal = features.mT @ features + strength * torch.eye(12)
+    torch.testing.assert_close(few, torch.linalg.solve(normal, features.mT @ targets).mT, rtol=1e-5, atol=1e-8)
+
+
+def test_experts_with_hardly_any_share_are_left_out_where_nothing_learns(synthesizer):
+    shares = torch.tensor([0.0004, 0.3, 0.6996, 0.0])
+    with torch.no_grad():
+        few = synthesizer.merged(shares)
+    name = "key.first.weight"
+    one, other = (dict(synthesizer.experts[index].named_parameters())[name] for index in (1, 2))
+    torch.testing.assert_close(few[name], (0.3 * one + 0.6996 * other) / 0.9996)
+    torch.testing.assert_close(synthesizer.merged(shares)[name], few[name], rtol=0.01, atol=1e-3)
 
 
 @pytest.mark.parametrize("neurons", [1, 30, 100])  # fewer and more than responses
@@ -764,6 +862,20 @@ def test_files_are_in_8_bits_and_small(tmp_path):
     for path in (SYNTHESIZER, SYNTHESIZER.with_name("ternary.pth")):
         assert path.stat().st_size < 12e6
         assert len(load_synthesizer(path).experts) > 1
+
+
+def test_what_files_of_version_7_lack_changes_nothing(synthesizer, tmp_path):
+    path, content = tmp_path / "7.pth", torch.load(SYNTHESIZER, weights_only=True)
+    for part in ("state_dict", "scales"):
+        added = ("seen", "patch_share", "patch_ridge", "gain_scale")
+        content[part] = {name: v for name, v in content[part].items() if not any(new in name for new in added)}
+    torch.save(content | {"version": 7}, path)
+    earlier = load_synthesizer(path)
+    for expert in earlier.experts:
+        assert not any(tensor.any() for tensor in (expert.seen.weight, expert.writer.patch_share.weight))
+    assert torch.equal(earlier.experts[0].key.first.weight, synthesizer.experts[0].key.first.weight)
+    network = earlier.synthesize(TargetCNN(), seed=0)
+    assert score(network, load_mnist("test", REPOSITORY / "data")[:1000]).accuracy_percent > 97
 
 
 def test_a_file_in_half_precision_of_version_6_is_read(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
 
 MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
+MOST_DEEP_MULTIPLICATIONS = 16e6  # of one of many layers
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
 
 # What is drawn how often; kinds of networks, `KINDS`, stand beside what draws them.
@@ -24,6 +25,12 @@ STAGES = {
     "plain": 16, "residual": 4, "pre-activation": 1, "bottleneck": 1, "separable": 6, "inverted": 2, "branches": 2,
     "dense": 1, "gated": 1,
 }  # fmt: skip
+HEADS = {"flat": 12, "pooled": 8, "classes": 0.7, "few": 0.5}
+DEEP_STAGES = {
+    "plain": 2, "residual": 6, "pre-activation": 1, "bottleneck": 2, "separable": 3, "inverted": 4, "dense": 1,
+    "fire": 2, "shuffled": 1, "channels-last": 2,
+}  # fmt: skip
+DEEP_ACTIVATIONS = {nn.ReLU: 8, nn.ReLU6: 1, nn.Hardswish: 1, nn.SiLU: 1, nn.GELU: 1, nn.LeakyReLU: 1}
 
 
 class Sum(nn.Module):
@@ -63,14 +70,37 @@ class Gate(nn.Module):
 
 
 class Transposed(nn.Module):
-    """x -> inner applied to the transposed tokens [N, width, tokens], transposed back."""
+    """x -> inner applied to x with axis 1, that of channels or tokens, as the last, put back there."""
 
     def __init__(self, inner: nn.Module):
         super().__init__()
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x.transpose(1, 2)).transpose(1, 2)
+        return self.inner(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class Gain(nn.Module):
+    """x -> x times a learned number for each channel, which lie on the last axis (Touvron et al. 2021)."""
+
+    def __init__(self, channels: int, start: float):
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((channels,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x
+
+
+class Shuffled(nn.Module):
+    """x -> half of its channels, and what inner makes of the others, in turn (Ma et al. 2018)."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, others = x.chunk(2, 1)
+        return torch.stack([kept, self.inner(others)], 2).flatten(1, 2)
 
 
 class Tokens(nn.Module):
@@ -177,18 +207,46 @@ def draw_tokens(draw: random.Random, classes: int) -> nn.Module:
 
 def draw_convolutional(draw: random.Random, classes: int) -> nn.Module | None:
     """A network of 1 to 10 convolutions or so; None if it would cost too much."""
-    return Convolutional(draw, classes, ordinary=False).network
+    return Convolutional(draw, classes, "any").network
 
 
 def draw_ordinary(draw: random.Random, classes: int) -> nn.Module | None:
     """One with ReLU, no norm, and hidden layers that read all maps; None if it would cost too much."""
-    return Convolutional(draw, classes, ordinary=True).network
+    return Convolutional(draw, classes, "ordinary").network
+
+
+def draw_deep(draw: random.Random, classes: int) -> nn.Module | None:
+    """One of many equal blocks, as the networks for larger images are; None if it would cost too much."""
+    return Convolutional(draw, classes, "deep").network
+
+
+def draw_rows(draw: random.Random, classes: int) -> nn.Module:
+    """1 to 3 convolutions along the columns, of which the pixels of a row are the channels, or along all pixels."""
+    activation, norm = drawn(draw, ACTIVATIONS), draw.random() < 0.3
+    channels, length = (IMAGE_SIDE, IMAGE_SIDE) if draw.random() < 0.8 else (1, IMAGE_SIDE**2)
+    layers: list[nn.Module] = [nn.Flatten(), nn.Unflatten(1, (channels, length))]
+    for _ in range(draw.randint(1, 3)):
+        width, kernel = log_uniform(draw, 16, 96), draw.choice([3, 3, 5, 7])
+        stride = 1 if length <= IMAGE_SIDE else 4
+        layers.append(nn.Conv1d(channels, width, kernel, stride, kernel // 2))
+        layers += [nn.BatchNorm1d(width)] if norm else []
+        layers.append(activation())
+        channels, length = width, (length - 1) // stride + 1
+        if length > 6 and draw.random() < 0.6:
+            layers.append(nn.MaxPool1d(2))
+            length //= 2
+    pooled = draw.random() < 0.2
+    widths = [log_uniform(draw, 32, 128) for _ in range(drawn(draw, {0: 3, 1: 4, 2: 1}))]
+    features = channels if pooled else channels * length
+    hidden = draw_hidden(draw, features, widths, classes, activation, None)
+    return nn.Sequential(*layers, *([nn.AdaptiveAvgPool1d(1)] if pooled else []), nn.Flatten(), *hidden)
 
 
 # How often networks of each kind are drawn, and what draws them.
 KINDS = {
     "ordinary": (5.6, draw_ordinary), "convolutions": (8.4, draw_convolutional), "mlp": (4.5, draw_mlp),
-    "tokens": (3.5, draw_tokens),
+    "tokens": (3.5, draw_tokens), "deep": (5, draw_deep),
+    "rows": (1, draw_rows),
 }  # fmt: skip
 
 
@@ -207,26 +265,40 @@ def draw_architecture(
 
 
 class Convolutional:
-    """A random network of 1 to 10 convolutions in the making; `network` is None if it would cost too much."""
+    """A random network of convolutions in the making; `network` is None if it would cost too much.
 
-    def __init__(self, draw: random.Random, classes: int, ordinary: bool):
-        self.draw, self.ordinary = draw, ordinary
-        self.activation = nn.ReLU if self.ordinary else drawn(draw, ACTIVATIONS)
+    Of the `style` "any" it has 1 to 10 of them; "ordinary" ones are plain; "deep" ones have many, in stages of equal
+    blocks whose maps get smaller and wider.
+    """
+
+    def __init__(self, draw: random.Random, classes: int, style: str):
+        self.draw, self.ordinary, self.deep = draw, style == "ordinary", style == "deep"
+        self.activation = nn.ReLU if self.ordinary else drawn(draw, DEEP_ACTIVATIONS if self.deep else ACTIVATIONS)
         self.norm = None if self.ordinary else drawn(draw, NORMS)
         self.channels = 1 if draw.random() < 0.95 else 3
         self.side, self.multiplications = IMAGE_SIDE, 0
+        self.most = MOST_DEEP_MULTIPLICATIONS if self.deep else MOST_MULTIPLICATIONS
         self.layers: list[nn.Module] = []
+        if self.deep:
+            self.add_blocks()
+        else:
+            self.add_stages()
+        self.add_head(classes)
+
+    def add_stages(self) -> None:
+        """1 to 10 convolutions, of one kind and plain ones, of any widths."""
+        draw = self.draw
         left = drawn(draw, {1: 2, 2: 10, 3: 3, 4: 4, 5: 2, 6: 2, 8: 2, 10: 1})
-        deep = left > 3
+        several = left > 3
         widest = 64 if left > 1 or draw.random() < 0.5 else 32
         kind = drawn(draw, ORDINARY_STAGES if self.ordinary else STAGES)
         pooling = drawn(draw, {nn.MaxPool2d: 5, nn.AvgPool2d: 1, None: 1})
-        every = 1 if not deep else draw.choice([1, 2, 2, 3])  # stages between reductions of the maps
+        every = 1 if not several else draw.choice([1, 2, 2, 3])  # stages between reductions of the maps
         stage = 0
         while left > 0:
             width = log_uniform(draw, 4 if draw.random() < 0.2 else 8, widest)
             reduce = (
-                self.side > 4 and (stage % every == every - 1 or not deep) and (self.side > 7 or draw.random() < 0.3)
+                self.side > 4 and (stage % every == every - 1 or not several) and (self.side > 7 or draw.random() < 0.3)
             )
             stride = 2 if reduce and pooling is None else 1
             used = kind if (self.layers or kind == "branches") and draw.random() < 0.8 else "plain"
@@ -234,14 +306,43 @@ class Convolutional:
             stage += 1
             if reduce and pooling is not None:
                 self.add_pooling(pooling)
-            if self.multiplications > 2 * MOST_MULTIPLICATIONS:
+            if self.multiplications > 2 * self.most:
                 break
-        self.add_head(classes)
+
+    def add_blocks(self) -> None:
+        """A convolution of the images, and 2 to 4 stages of 1 to 4 blocks of one kind."""
+        draw = self.draw
+        kind = drawn(draw, DEEP_STAGES)
+        if kind == "channels-last":
+            self.activation, self.norm = nn.GELU, "layer"
+        elif kind == "fire":
+            self.norm = "batch" if draw.random() < 0.2 else None
+        elif draw.random() < 0.8:
+            self.norm = "batch"
+        width = 4 * round(log_uniform(draw, 8, 32) / 4)
+        stride = draw.choice([1, 1, 2, 4] if kind == "channels-last" else [1, 1, 2])
+        self.add_stage("plain", width, stride, 4 if stride == 4 else draw.choice([3, 3, 3, 5, 7]))
+        if stride == 2 and draw.random() < 0.3:
+            self.layers.append(nn.MaxPool2d(3, 2, 1))
+            self.side = -(-self.side // 2)
+        pooling = nn.MaxPool2d if kind in ("plain", "dense", "fire") or draw.random() < 0.2 else None
+        blocks = drawn(draw, {1: 4, 2: 4, 3: 1.5, 4: 0.5})
+        for stage in range(draw.randint(2, 4)):
+            if stage and draw.random() < 0.8:
+                width = min(2 * width, 128)
+            reduce = self.side > 3 and (stage > 0 or draw.random() < 0.3)
+            for block in range(blocks):
+                self.add_stage(kind, width, 2 if reduce and block == 0 and pooling is None else 1)
+                if self.multiplications > 2 * self.most:
+                    return
+            if reduce and pooling is not None:
+                self.add_pooling(pooling)
 
     def add_head(self, classes: int) -> None:
         """Global average pooling or the flattened maps, hidden layers, and the classes."""
         draw = self.draw
-        head = drawn(draw, {"flat": 12} if self.ordinary else {"flat": 12, "pooled": 8, "classes": 0.7, "few": 0.5})
+        heads = {"flat": 3, "pooled": 12, "classes": 1.5} if self.deep else HEADS
+        head = "flat" if self.ordinary else drawn(draw, heads)
         if head == "classes":  # from a convolution
             self.layers += [self.conv(self.channels, classes, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         else:
@@ -256,11 +357,14 @@ class Convolutional:
                 for _ in range(hidden)
             ]
             norm = self.norm if draw.random() < 0.5 else None
-            self.layers += [nn.Flatten(), *draw_hidden(draw, features, widths, classes, self.activation, norm)]
+            self.layers += [nn.Flatten()]
+            if self.deep and self.norm == "layer":
+                self.layers.append(nn.LayerNorm(features))
+            self.layers += draw_hidden(draw, features, widths, classes, self.activation, norm)
             self.multiplications += features * (widths[0] if widths else classes)
             if features > MOST_FEATURES:
                 self.multiplications = math.inf
-        self.network = nn.Sequential(*self.layers) if self.multiplications <= MOST_MULTIPLICATIONS else None
+        self.network = nn.Sequential(*self.layers) if self.multiplications <= self.most else None
 
     def add_pooling(self, pooling: type[nn.Module]) -> None:
         size, stride = (2, 2) if self.draw.random() < 0.9 else (3, 2)
@@ -293,14 +397,14 @@ class Convolutional:
         groups = self.draw.choice([n for n in (1, 2, 4, 8) if channels % n == 0]) if self.norm == "group" else 1
         return [nn.GroupNorm(groups, channels)]
 
-    def add_stage(self, kind: str, width: int, stride: int) -> int:
-        """Add a stage of some `kind`; the convolutions that it counts as."""
+    def add_stage(self, kind: str, width: int, stride: int, kernel: int | None = None) -> int:
+        """Add a stage of some `kind`; the convolutions that it counts as. A `kernel` is that of a plain one."""
         inputs, draw = self.channels, self.draw
         self.channels = width
         counts = 2
         if kind == "plain":
-            kernel = drawn(draw, KERNELS) if self.layers else drawn(draw, KERNELS | {1: 0})
-            valid = self.side > kernel + 3 and draw.random() < 0.25
+            kernel = kernel or (3 if self.deep else drawn(draw, KERNELS if self.layers else KERNELS | {1: 0}))
+            valid = self.side > kernel + 3 and (kernel == stride or draw.random() < (0.1 if self.deep else 0.25))
             layer = self.conv(inputs, width, kernel, stride, valid=valid)
             self.layers += self.normalised(layer)
             self.side = (self.side + 2 * layer.padding[0] - kernel) // stride + 1
@@ -308,7 +412,7 @@ class Convolutional:
         if kind in ("residual", "bottleneck"):
             middle = max(4, width // 4) if kind == "bottleneck" else width
             kernels = (1, 3, 1) if kind == "bottleneck" else (draw.choice([3, 3, 3, 5]),) * 2
-            same = (inputs == width and stride == 1) or draw.random() < 0.6
+            same = (inputs == width and stride == 1) or (not self.deep and draw.random() < 0.6)
             if same:  # most blocks keep the width
                 self.channels, width, stride = inputs, inputs, 1
                 middle = inputs if kind == "residual" else max(4, inputs // 4)
@@ -321,23 +425,28 @@ class Convolutional:
             self.layers.append(Sum(nn.Sequential(*inner), shortcut, self.activation() if draw.random() < 0.9 else None))
             self.side = -(-self.side // stride)
         elif kind == "pre-activation":
-            self.channels = inputs
+            if not self.deep:
+                self.channels, width, stride = inputs, inputs, 1
             inner = [
-                layer for _ in range(2)
-                for layer in (*self.norms(inputs), self.activation(), self.conv(inputs, inputs, 3))
+                *self.norms(inputs), self.activation(), self.conv(inputs, width, 3, stride),
+                *self.norms(width), self.activation(), self.conv(width, width, 3),
             ]  # fmt: skip
-            self.layers.append(Sum(nn.Sequential(*inner)))
+            same = inputs == width and stride == 1
+            self.layers.append(Sum(nn.Sequential(*inner), None if same else self.conv(inputs, width, 1, stride)))
+            self.side = -(-self.side // stride)
         elif kind == "separable":
             depthwise = self.normalised(self.conv(inputs, inputs, 3, stride, groups=inputs), draw.random() < 0.8)
             self.layers += [*depthwise, *self.normalised(self.conv(inputs, width, 1))]
             self.side = -(-self.side // stride)
         elif kind == "inverted":
             wide = inputs * draw.choice([2, 4])
-            same = stride == 1
+            same = stride == 1 and (inputs == width or not self.deep)
             self.channels = inputs if same else width
+            gate = [Gate(wide, max(2, wide // 4))] if self.deep and draw.random() < 0.3 else []
             inner = [
                 *self.normalised(self.conv(inputs, wide, 1)),
-                *self.normalised(self.conv(wide, wide, 3, stride, groups=wide)),
+                *self.normalised(self.conv(wide, wide, draw.choice([3, 3, 5]) if self.deep else 3, stride, wide)),
+                *gate,
                 *self.normalised(self.conv(wide, self.channels, 1), False),
             ]
             self.layers.append(Sum(nn.Sequential(*inner)) if same else nn.Sequential(*inner))
@@ -352,13 +461,36 @@ class Convolutional:
             )))  # fmt: skip
             self.side = -(-self.side // stride)
         elif kind == "dense":
+            width = max(4, width // 2) if self.deep else width
             self.channels = inputs + width
             self.layers.append(
                 Concatenation(nn.Identity(), nn.Sequential(*self.normalised(self.conv(inputs, width, 3))))
             )
             counts = 1
-        else:
-            self.layers += [*self.normalised(self.conv(inputs, width, 3, stride)), Gate(width, max(2, width // 4))]
+        elif kind == "fire":  # Iandola et al. 2016
+            squeezed = self.normalised(self.conv(inputs, width // 4, 1))
+            expanded = (nn.Sequential(*self.normalised(self.conv(width // 4, width // 2, side))) for side in (1, 3))
+            self.layers += [*squeezed, Concatenation(*expanded)]
+        elif kind == "shuffled" and inputs == width and stride == 1:
+            half = width // 2
+            self.layers.append(Shuffled(nn.Sequential(
+                *self.normalised(self.conv(half, half, 1)),
+                *self.normalised(self.conv(half, half, 3, groups=half), False),
+                *self.normalised(self.conv(half, half, 1)),
+            )))  # fmt: skip
+        elif kind == "channels-last":  # Liu et al. 2022
+            if inputs != width or stride > 1:
+                self.layers += [Transposed(nn.LayerNorm(inputs)), self.conv(inputs, width, stride, stride, valid=True)]
+                self.side //= stride
+            gain = drawn(draw, {None: 1, 1e-6: 1, 1e-1: 0.5, 1.0: 0.5})
+            inner = [nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)]
+            inner += [] if gain is None else [Gain(width, gain)]
+            depthwise = self.conv(width, width, draw.choice([3, 5, 7, 7]), groups=width)
+            self.layers.append(Sum(nn.Sequential(depthwise, Transposed(nn.Sequential(*inner)))))
+            self.multiplications += 8 * (width * self.side) ** 2
+        else:  # gated, or the way down between shuffled ones
+            gate = [Gate(width, max(2, width // 4))] if kind == "gated" else []
+            self.layers += [*self.normalised(self.conv(inputs, width, 3, stride)), *gate]
             self.side = -(-self.side // stride)
             counts = 1
         return counts
