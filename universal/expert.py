@@ -161,7 +161,8 @@ class Expert(nn.Module):
         def write_gain(gain: Gain, inputs: Tensor) -> Tensor:
             """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
             variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
-            scale = torch.ones_like(variance) if gain.of_last else self.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
+            keeps = gain.of_last or gain.channels.max() <= graph.image_channels  # classes and pixels have their scales
+            scale = torch.ones_like(variance) if keeps else self.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
             shape = [1] * len(gain.shape)
             shape[gain.axis % len(shape)] = -1
             values = scale.view(shape).expand(gain.shape)
