@@ -131,8 +131,10 @@ class Expert(nn.Module):
                 gain = self.writer.scalar("gain", layer, about)
                 means.add(gain * mean)
                 weight, bias, responses = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
-                seen = seen_by(layer, responses, len(probes), task)
-                keys.add(self.key_norm(self.key(neurons, about) + self.seen(seen)))
+                key = self.key(neurons, about)
+                if self.seen.weight.requires_grad or self.seen.weight.any():
+                    key = key + self.seen(seen_by(layer, responses, len(probes), task))
+                keys.add(self.key_norm(key))
             layer.weight.put(written, weight, weights)
             if layer.bias:
                 layer.bias.put(written, bias, weights)

@@ -65,7 +65,7 @@ Writing = Callable[[ComputationGraph, dict[str, Tensor]], dict[str, Tensor]]  # 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=21_000, help="architectures drawn, per process")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=5_000, help="architectures drawn, per process")
     parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images of the first steps")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
     parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
