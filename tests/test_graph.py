@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from target_cnn import TargetCNN
-from universal.architectures import Gate, ResidualBlock, Sum
-from universal.calls import Gain
+from universal import calls
+from universal.architectures import Gain, Gate, ResidualBlock, Sum, Transposed
 from universal.graph import ComputationGraph, logits_of
 from universal.networks import EVALUATED, Example, VisionTransformer, mlp
 
@@ -182,6 +182,7 @@ READ = {
         4, 7, [],
     ),
     "activation with parameters": (lambda: flat(nn.Conv2d(1, 4, 3), nn.PReLU(4), features=4 * 676), 2, 0, ["1.weight"]),
+    "gain": (lambda: flat(nn.Conv2d(1, 4, 3), Transposed(Gain(4, 0.5)), features=4 * 676), 2, 0, []),
     "dead layer": (lambda: dead(), 2, 0, ["dead.weight", "dead.bias"]),
     "spatial transformer": (
         Spatial, 2, 0, ["where.0.weight", "where.0.bias", "where.3.weight", "where.3.bias"]
@@ -294,7 +295,8 @@ def test_a_product_with_a_parameter_keeps_the_neurons():
 
     graph = ComputationGraph(Scaled())
     first = graph.layers[0].first_neuron
-    assert graph.left == [] and [type(shift) for shift in graph.shifts] == [Gain]
+    assert graph.left == [] and [type(shift) for shift in graph.shifts] == [calls.Gain]
+    assert graph.is_rescalable
     assert graph.last.channels[:, 0].tolist() == [first, first + 1, first + 2, first + 3]
 
 

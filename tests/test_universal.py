@@ -321,12 +321,65 @@ def test_what_follows_the_classes_lets_them_pass(synthesizer, digits):
         assert (nn.Sequential(*network[:5])(digits.images[:100]) > 0).float().mean() > 0.9
 
 
+def test_what_has_an_upper_end_too_gets_no_such_bias(synthesizer, digits):
+    network = synthesizer.synthesize(nn.Sequential(nn.Conv2d(1, 10, 3, 2), nn.Hardtanh(), *CLASSES), seed=0)
+    with torch.no_grad():
+        assert network[0](digits.images[:100]).mean().abs() < 0.5
+
+
 def test_gains_bring_their_neurons_to_one_scale(synthesizer):
-    block = Sum(Transposed(nn.Sequential(nn.Linear(8, 8), nn.GELU(), Gain(8, 1e-6))))
-    network = nn.Sequential(nn.Conv2d(1, 8, 4, 4), block, *CLASSES, nn.Linear(8, 10))
-    accounts = synthesizer.write(network, seed=0)
+    gain = Gain(8, 1e-6)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.GELU(), gain)
+    network = nn.Sequential(nn.Conv2d(1, 8, 4, 4), Sum(Transposed(inner)), *CLASSES, nn.Linear(8, 10))
+    graph = ComputationGraph(network)
+    accounts = synthesizer.fill(graph, seed=0)
     assert "1.inner.inner.2.gain" in accounts.written and accounts.left == []
-    assert 0.1 < block.inner.inner[2].gain.abs().median() < 10
+    deviations = []
+    gain.register_forward_hook(
+        lambda _, inputs, output: deviations.extend(t.flatten(0, -2).std(0) for t in (*inputs, output))
+    )
+    with torch.no_grad():
+        network(
+            synthesizer.merged(synthesizer.shares(graph))["task.probes"][: synthesizer.settings["convolution_probes"]]
+        )
+    before, after = deviations
+    assert after.max() / after.min() < 1.1 < before.max() / before.min()
+
+
+def test_gains_of_maps_are_written_along_their_channels(synthesizer):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.full((1, 4, 1, 1), 0.01))
+
+        def forward(self, x):
+            return x * self.gain
+
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), Scaled(), nn.Flatten(), nn.Linear(4 * 676, 10))
+    assert "2.gain" in synthesizer.write(network, seed=0).written
+    gains = network[2].gain.flatten()
+    assert network[2].gain.shape == (1, 4, 1, 1) and gains.unique().numel() == 4 and (gains > 0.01).all()
+
+
+def test_pixels_keep_their_scales(synthesizer):
+    network = nn.Sequential(nn.Flatten(), Gain(784, 0.7), nn.Linear(784, 10))
+    synthesizer.write(network, seed=0)
+    assert (network[1].gain == 1).all()
+
+
+def test_keys_say_what_neurons_answer_to_the_probes():
+    expert = load_synthesizer().experts[2]  # for convolutions
+    graph = ComputationGraph(cnn([8, 8], 12))
+    weights = random_weights(graph, 0)
+    with torch.no_grad():
+        knowing = expert(graph, weights)
+        expert.seen.weight.zero_()
+        blind = expert(graph, weights)
+    first, second = (graph.layers[index].weight.name for index in (0, 1))
+    norms = [knowing[name].norm() for name in (first, second)]
+    one, other = (knowing[name] / norm for name, norm in zip((first, second), norms, strict=True))
+    torch.testing.assert_close(blind[first] / blind[first].norm(), one, rtol=1e-4, atol=1e-6)
+    assert (blind[second] / blind[second].norm() - other).norm() > 0.01
 
 
 @pytest.mark.parametrize(
@@ -876,6 +929,10 @@ def test_what_files_of_version_7_lack_changes_nothing(synthesizer, tmp_path):
     assert torch.equal(earlier.experts[0].key.first.weight, synthesizer.experts[0].key.first.weight)
     network = earlier.synthesize(TargetCNN(), seed=0)
     assert score(network, load_mnist("test", REPOSITORY / "data")[:1000]).accuracy_percent > 97
+    del content["state_dict"]["experts.0.key.first.weight"], content["scales"]["experts.0.key.first.weight"]
+    torch.save(content | {"version": 7}, path)
+    with pytest.raises(UserError, match="damaged"):
+        load_synthesizer(path)
 
 
 def test_a_file_in_half_precision_of_version_6_is_read(tmp_path):

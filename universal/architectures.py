@@ -245,8 +245,7 @@ def draw_rows(draw: random.Random, classes: int) -> nn.Module:
 # How often networks of each kind are drawn, and what draws them.
 KINDS = {
     "ordinary": (5.6, draw_ordinary), "convolutions": (8.4, draw_convolutional), "mlp": (4.5, draw_mlp),
-    "tokens": (3.5, draw_tokens), "deep": (5, draw_deep),
-    "rows": (1, draw_rows),
+    "tokens": (3.5, draw_tokens), "deep": (5, draw_deep), "rows": (1, draw_rows),
 }  # fmt: skip
 
 
@@ -357,7 +356,7 @@ class Convolutional:
                 for _ in range(hidden)
             ]
             norm = self.norm if draw.random() < 0.5 else None
-            self.layers += [nn.Flatten()]
+            self.layers.append(nn.Flatten())
             if self.deep and self.norm == "layer":
                 self.layers.append(nn.LayerNorm(features))
             self.layers += draw_hidden(draw, features, widths, classes, self.activation, norm)

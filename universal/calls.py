@@ -119,9 +119,9 @@ class Layer:
         [groups, N, positions, features], of which the features lie as the weight of a neuron does, flattened.
         """
         kernel = self.shape[2:]
-        stride, padding, dilation = ([v] * len(kernel) if isinstance(v, int | str) else v for v in (
-            self.options[name] for name in ("stride", "padding", "dilation")
-        ))  # fmt: skip
+        options = (self.options[name] for name in ("stride", "padding", "dilation"))
+        stride, padding, dilation = ([v] * len(kernel) if isinstance(v, int | str) else v for v in options)
+        # F.unfold would lay out all positions, most of which are not looked at, and takes no maps of one dimension.
         for axis, size in enumerate(kernel):
             spread = dilation[axis] * (size - 1)
             before = {"same": spread // 2, "valid": 0}.get(padding[axis], padding[axis])

@@ -52,6 +52,7 @@ from universal.synthesizer import (
     load_synthesizer,
     random_weights,
     save_synthesizer,
+    with_added,
 )
 
 AVERAGE_DECAY = 0.995  # of the exponential moving average
@@ -299,7 +300,7 @@ def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
     try:
         settings = {name: content["settings"][name] for name in ("probes", "experts")}
         average = AveragedModel(GraphWeightSynthesizer(**settings))
-        average.load_state_dict(average.state_dict() | content["states"]["average"])
+        average.load_state_dict(with_added(content["states"]["average"], average))
         average.module.seconds = {"recording": 0.0, "training": float(content["progress"]["seconds"])}
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: neither a synthesiser nor the state of a training: give another file") from error

@@ -19,7 +19,6 @@ SCALARS = {
     "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
     "patch_ridge": -2.0, "correlation_ridge": 0.0, "logit_scale": 0.5, "gain": 0.0,
 }  # fmt: skip
-
 TUNABLE = [name for name in SCALARS if name != "patch_ridge"]
 
 
@@ -170,8 +169,10 @@ class Writer(nn.Module):
         mean = logits.mean(0)
         scale = self.scalar("logit_scale", layer, about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
         bias = -mean * scale
-        if layer.activation and layer.activation[0] == layer.activation[1]:
-            bias = bias + 3 * (responses * scale).std()  # what is flat below zero, such as a ReLU, is to let all pass
+        if layer.activation:
+            below, above = (layer.activation[index] == layer.activation[index + 1] for index in (0, -2))
+            if below and not above:  # what cuts off what is negative, such as a ReLU, is to let all pass
+                bias = bias + 3 * (responses * scale).std()
         return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, axis)
 
 
