@@ -115,9 +115,6 @@ def main() -> None:
 
     if reference is None and options.reference_epochs:
         reference = train_reference(options)
-    recorded = {
-        str(checkpoint_path(path, epoch)): run[epoch] for path, run in runs.items() for epoch in range(len(run))
-    }
     record = assess(
         starts,
         states,

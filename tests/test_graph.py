@@ -238,6 +238,145 @@ def test_reading_changes_nothing():
     assert norms[0].num_batches_tracked == 0 and norms[0].running_mean == 0
 
 
+def test_what_a_network_does_to_its_own_tensors_or_draws_stays_within():
+    class Busy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(784, 10)
+            self.register_buffer("count", torch.zeros(1, dtype=torch.long))
+            self.register_buffer("mean", torch.zeros(784))
+
+        def forward(self, x):
+            x = x.flatten(1)
+            self.count.add_(1)
+            self.mean.lerp_(x.mean(0), 0.5)
+            self.out.weight.data.clamp_(-0.01, 0.01)
+            return self.out(x + 0.1 * torch.randn_like(x))
+
+    network = Busy()
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    random = torch.get_rng_state()
+    graph = ComputationGraph(network)
+    images = torch.ones(2, 1, 28, 28)
+    weights = graph.weights()
+    same = [graph.run(images, {name: tensor.clone() for name, tensor in weights.items()}) for _ in range(2)]
+    assert torch.equal(*same)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_another_way_through_the_network_is_noticed():
+    class Ways(nn.Module):
+        def __init__(self, way):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(784, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.out, self.way = nn.Linear(8, 10), way
+
+        def forward(self, x):
+            return self.out(self.way(self, self.a(x.flatten(1)), len(x) < 10))
+
+    ways = [
+        lambda self, x, few: self.b(x) if few else self.c(x),
+        lambda self, x, few: self.b(x) if few else x,
+        lambda self, x, few: x if few else self.b(x),
+        lambda self, x, few: x.relu() if few else F.layer_norm(x, [8]),
+    ]
+    for way in ways:
+        graph = ComputationGraph(Ways(way))
+        assert graph.run(torch.zeros(2, 1, 28, 28), {}).shape == (2, 10)
+        with pytest.raises(ValueError, match="its forward pass goes another way every time"):
+            graph.run(torch.zeros(20, 1, 28, 28), {})
+
+
+class Chain(nn.Module):
+    """Two layers of 8 neurons between the first and the last, and a function after each."""
+
+    def __init__(self, function, tied=False):
+        super().__init__()
+        self.first, self.out, self.function = nn.Linear(784, 8), nn.Linear(8, 10), function
+        self.one = nn.Linear(8, 8)
+        self.two = self.one if tied else nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer in (self.first, self.one, self.two):
+            x = self.function(layer(x))
+        return self.out(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "can"),
+    [
+        (lambda: Chain(F.relu), True),
+        (lambda: Chain(lambda x: F.leaky_relu(x, 0.1)), True),
+        (lambda: Chain(F.relu, tied=True), False),
+        (lambda: Chain(F.gelu), False),
+        (lambda: Chain(lambda x: F.gelu(0.5 * x)), False),
+        (lambda: Chain(lambda x: F.normalize(x.relu())), False),
+        (lambda: Chain(lambda x: x.relu().log1p()), False),
+        (lambda: Chain(lambda x: x.relu() + 0.1), False),
+        (lambda: Chain(F.relu6), False),
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), False),
+    ],
+)
+def test_layers_are_rescaled_where_that_changes_nothing(build, can):
+    graph = ComputationGraph(build())
+    assert graph.is_rescalable == can
+
+
+def test_a_layer_between_two_uses_of_another_is_found():
+    class Between(Chain):
+        def forward(self, x):
+            return self.out(self.one(self.two(self.one(self.first(x.flatten(1)).relu()).relu()).relu()))
+
+    graph = ComputationGraph(Between(F.relu))
+    assert [layer.name for layer in graph.layers] == ["first", "one", "two", "out"] and graph.left == []
+    assert graph.layers[1].sources == {0, 2} and graph.layers[2].readers == [graph.layers[1]]
+
+
+def test_compiled_parts_run_as_they_were_written():
+    network = nn.Sequential(nn.Flatten(), torch.compile(nn.Sequential(nn.Linear(784, 9), nn.ReLU())), nn.Linear(9, 10))
+    torch._dynamo.utils.counters.clear()
+    assert [layer.shape for layer in ComputationGraph(network).layers] == [(9, 784), (10, 9)]
+    assert not torch._dynamo.utils.counters["frames"]
+
+
+def test_tied_and_partly_used_parameters_are_accounted_for():
+    class Places(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.places, self.embed, self.out = (
+                nn.Parameter(torch.zeros(1, 40, 8)),
+                nn.Linear(28, 8),
+                nn.Linear(8, 10),
+            )
+            self.also = self.embed
+
+        def forward(self, x):
+            return self.out((self.embed(x[:, 0]) + self.places[:, :28]).mean(1))
+
+    graph = ComputationGraph(Places())
+    assert graph.left == ["places"] and "places" in graph.written
+    assert graph.count == 28 * 8 + 8 + 28 * 8 + 8 * 10 + 10
+    assert set(graph.with_tied(graph.written)) == set(graph.module.state_dict())
+
+
+def test_options_of_convolutions_may_be_short():
+    class Short(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel, self.out = nn.Parameter(torch.randn(4, 1, 1, 1)), nn.Linear(784, 10)
+
+        def forward(self, x):
+            return self.out(F.conv2d(x, self.kernel, stride=[2]).flatten(1))
+
+    network = Short()
+    graph = ComputationGraph(network)
+    images = torch.randn(3, 1, 28, 28)
+    assert graph.layers[0].options["stride"] == (2, 2)
+    torch.testing.assert_close(graph.run(images, {}), network(images))
+
+
 def test_what_a_layer_reads_is_found():
     graph = ComputationGraph(TargetCNN())
     conv1, conv2, fc1, fc2 = graph.layers
@@ -352,6 +491,28 @@ class Raising(TwoHeads):
         raise KeyError("no such thing")
 
 
+class Twice(nn.Module):
+    """A kernel that is used twice, with other options, another bias, or another order of its elements."""
+
+    def __init__(self, second):
+        super().__init__()
+        self.kernel, self.bias, self.out = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.zeros(4)), mlp([])
+        self.first, self.second = nn.Conv2d(1, 4, 3, padding=1), second
+
+    def forward(self, x):
+        x = self.second(F.conv2d(self.first(x), self.kernel, padding=1).relu(), self)
+        return self.out(x.mean(1))
+
+
+class PerHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads, self.out = nn.Parameter(torch.randn(4, 28, 6)), nn.Linear(28 * 24, 10)
+
+    def forward(self, x):
+        return self.out((x @ self.heads).flatten(1))
+
+
 def weight_normed(norm) -> nn.Module:
     return nn.Sequential(nn.Flatten(), norm(nn.Linear(784, 10)))
 
@@ -366,6 +527,11 @@ def weight_normed(norm) -> nn.Module:
         (lambda: weight_normed(nn.utils.parametrizations.weight_norm), r"computed from 1\.parametrizations\.weight"),
         (lambda: weight_normed(nn.utils.parametrizations.spectral_norm), r"computed from 1\.parametrizations\.weight"),
         (TwoHeads, "the output must be that of one layer"),
+        (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, None, 2, 1)), "takes kernel again, in another way"),
+        (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, own.bias, padding=1)), "takes kernel again"),
+        (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel.mT, padding=1)), "takes kernel again"),
+        (PerHead, "with a weight of 3 dimensions is not supported"),
+        (lambda: flat(features=784, classes=1), "has one class, but telling classes apart takes two"),
         (Pair, "^Pair returns a tuple, not logits"),
         (Raising, r"takes no images .* KeyError: 'no such thing' \(test_graph\.py, line \d+: raise KeyError"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), r"takes no images .*28, 28\] it says .*1024x10"),

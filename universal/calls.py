@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ACTIVATION_POINTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # where the function after a layer is looked at
@@ -18,7 +18,7 @@ ACTIVATION_POINTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # where the function
 # ---- what is written -------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class Part:
     """The elements of a parameter that a call takes: all of them, or those at `index`, which has the part's shape."""
 
@@ -38,16 +38,24 @@ class Part:
             values = whole.flatten().to(values).index_copy(0, index, values.flatten()).view(whole.shape)
         weights[self.name] = values
 
-    def same(self, other: "Part") -> bool:
-        """Whether both are the same elements of the same parameter."""
-        if self.name != other.name or self.index is None or other.index is None:
-            return self.name == other.name and self.index is other.index
+    def __eq__(self, other) -> bool:
+        """Whether both are the same elements of the same parameter, in the same order."""
+        if not isinstance(other, Part) or self.name != other.name or self.index is None or other.index is None:
+            return isinstance(other, Part) and self.name == other.name and self.index is other.index
         return torch.equal(self.index, other.index)
+
+    def meets(self, other: "Part") -> bool:
+        """Whether both have elements of the same parameter in common."""
+        whole = self.index is None or other.index is None
+        return self.name == other.name and (whole or bool(torch.isin(self.index, other.index).any()))
+
+    def elements(self, size: int) -> Tensor:
+        """The places of the part's elements in the parameter, of so many elements, flattened."""
+        return torch.arange(size) if self.index is None else self.index.flatten()
 
     def moved(self, whole: Tensor, elements: Tensor) -> "Part":
         """The part that has these elements of this one, in their shape. `whole` is the parameter."""
-        index = torch.arange(whole.numel()) if self.index is None else self.index.flatten()
-        return Part(self.name, index[elements])
+        return Part(self.name, self.elements(whole.numel())[elements])
 
 
 @dataclass
@@ -65,7 +73,7 @@ class Layer:
     weight: Part
     bias: Part | None
     shape: tuple[int, ...]
-    options: dict  # stride, padding, dilation and groups of a convolution; empty for a linear layer
+    options: dict  # stride, padding and dilation, one number a side, and groups of a convolution; else empty
     channels: Tensor
     places: Tensor | None
     grid: Tensor | None  # [positions, 2], within (0, 1), of a linear layer; None where the kernel has the positions
@@ -89,6 +97,11 @@ class Layer:
     @property
     def is_convolution(self) -> bool:
         return self.grid is None
+
+    @property
+    def axis(self) -> int:
+        """The axis of its inputs' channels or features, and of its outputs' neurons."""
+        return 1 if self.is_convolution else -1
 
     @property
     def groups(self) -> int:
@@ -119,13 +132,12 @@ class Layer:
         [groups, N, positions, features], of which the features lie as the weight of a neuron does, flattened.
         """
         kernel = self.shape[2:]
-        options = (self.options[name] for name in ("stride", "padding", "dilation"))
-        stride, padding, dilation = ([v] * len(kernel) if isinstance(v, int | str) else v for v in options)
+        stride, padding, dilation = (self.options[name] for name in ("stride", "padding", "dilation"))
         # F.unfold would lay out all positions, most of which are not looked at, and takes no maps of one dimension.
         for axis, size in enumerate(kernel):
             spread = dilation[axis] * (size - 1)
-            before = {"same": spread // 2, "valid": 0}.get(padding[axis], padding[axis])
-            after = spread - before if padding[axis] == "same" else before
+            before = {"same": spread // 2, "valid": 0}[padding] if isinstance(padding, str) else padding[axis]
+            after = spread - before if padding == "same" else before
             inputs = F.pad(inputs, [*[0, 0] * (len(kernel) - 1), before, after])
             count = (inputs.shape[2 + axis] - spread - 1) // stride[axis] + 1
             every = -(-count // most)
@@ -143,10 +155,10 @@ class Layer:
         """The layer's outputs for `inputs`, with these parameters."""
         if not self.is_convolution:
             return F.linear(inputs, weight, bias)
-        if self.shape[2:] == (1, 1) and self.groups == 1 and self.options["padding"] in (0, (0, 0), "same", "valid"):
+        if self.shape[2:] == (1, 1) and self.groups == 1 and self.options["padding"] in ((0, 0), "same", "valid"):
             # A linear layer over the channels. Not as a convolution: the backward pass of oneDNN's 1x1 convolutions
             # hangs on processors with AVX2 only (PyTorch 2.15).
-            down, across = nn.modules.utils._pair(self.options["stride"])
+            down, across = self.options["stride"]
             return F.linear(inputs[:, :, ::down, ::across].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
         return (F.conv1d if len(self.shape) == 3 else F.conv2d)(inputs, weight, bias, **self.options)
 
@@ -315,6 +327,7 @@ def attention(
     scores = heads[0] @ heads[1].transpose(-2, -1) * heads[0].shape[-1] ** -0.5
     for mask in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
         if mask is not None:
+            mask = mask.unflatten(0, scores.shape[:2]) if mask.dim() == 3 else mask  # one of each image and head
             scores = scores.masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     shares = scores.softmax(-1)
     mixed = (shares @ heads[2]).permute(2, 0, 1, 3).flatten(2)

@@ -67,11 +67,8 @@ def cosines_of(layer: Layer) -> Tensor:
     """
     if not layer.is_convolution:
         return cosines_at(layer.grid)
-    sides = layer.shape[2:]
-    dilations = layer.options["dilation"]
-    dilations = [dilations] * len(sides) if isinstance(dilations, int) else dilations
-    places = []
-    for side, dilation in zip(sides, dilations, strict=True):
+    sides, places = layer.shape[2:], []
+    for side, dilation in zip(sides, layer.options["dilation"], strict=True):
         distances = (torch.arange(side) - (side - 1) / 2) * dilation
         places.append((1 + torch.tanh(distances / 3)) / 2)  # within half a turn, however large the kernel
     down, across = [torch.full((1,), 0.5)] * (2 - len(sides)) + places
@@ -87,7 +84,7 @@ def cosines_at(places: Tensor) -> Tensor:
 def describe(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     """What a layer is, for generative step `step`: its kind, size, surroundings, and the function that follows it."""
     mean = {
-        name: math.log(sum(value) / len(value)) if isinstance(value, tuple | list) else math.log(value)
+        name: math.log(sum(value) / len(value))
         for name, value in layer.options.items()
         if name in ("stride", "dilation")
     }

@@ -87,7 +87,7 @@ def main() -> None:
 
     print(f"\nOne generative step from {options.inits} unseen inits, and Adam from one of them:", flush=True)
     networks, wrong = [], {}
-    recorded = {} if options.epochs else recorded_adam()
+    recorded = {} if options.epochs or options.validation else recorded_adam()  # which is of the test images
     for name, build in EVALUATED.items():
         results = [score(generate(synthesizer, build, seed), data) for seed in seeds]
         adam = adam_from_both_starts(synthesizer, build, train, data, options) if options.epochs else recorded.get(name)
@@ -156,7 +156,7 @@ def adam_from_both_starts(
         adam = torch.optim.Adam(network.parameters(), lr=lr, fused=True)
         torch.manual_seed(options.seed)
         order = torch.randperm(len(train.labels)).to(options.device)
-        parts = order.split([FIRST_STEPS * BATCH_SIZE, len(order) - FIRST_STEPS * BATCH_SIZE])
+        parts = order[: FIRST_STEPS * BATCH_SIZE], order[FIRST_STEPS * BATCH_SIZE :]
         use_bf16 = fast_bf16(options.device)
         train_epoch(network, adam, train[parts[0]], BATCH_SIZE, use_bf16, f"{start} start")
         accuracies[start] = score(network, data).accuracy_percent
@@ -288,7 +288,7 @@ def compare_starts(
             results = [score(network, data)]
             for epoch in range(1, options.epochs + 1):
                 train_epoch(
-                    network, adam, train, 128, fast_bf16(options.device), f"{start} start {seed}, epoch {epoch}"
+                    network, adam, train, BATCH_SIZE, fast_bf16(options.device), f"{start} start {seed}, epoch {epoch}"
                 )
                 results.append(score(network, data))
             accuracies = [result.accuracy_percent for result in results]

@@ -17,10 +17,12 @@ from universal.calls import Call, Gain, Layer, Norm, Shift
 from universal.conditioning import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, cosines_at, describe, mlp
 from universal.graph import IMAGE_CHANNELS, ComputationGraph
 from universal.reading import Reader
-from universal.responses import ridge_regression, unit_rms
+from universal.responses import per_probe, ridge_regression, unit_rms
 from universal.task import Task
 from universal.tuning import Tuning
 from universal.writing import Writer
+
+LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
 
 
 class Table:
@@ -109,7 +111,8 @@ class Expert(nn.Module):
             read_keys = keys.of(layer.channels).mean(1)
             if layer.places is not None:
                 read_keys = read_keys + self.place_key(cosines_at(layer.places.to(inputs)))
-            features = features_of(layer, graph, inputs)
+            read = features_of(layer, graph, inputs, len(probes))
+            features = None if read is None else read - read.mean(0)
             if not layer.last:
                 reading = self.reader.read(layer, read_keys, weights, about)
                 if features is not None:
@@ -121,13 +124,14 @@ class Expert(nn.Module):
             if layer.last:
                 weight = self.writer.classes(layer, read_keys, about, features, task)
                 if features is not None and not layer.bias:
-                    weight = without_preference(weight, read_by_last(layer, inputs).mean(0), features)
-                weight, bias, responses = self.writer.classes_to_scale(layer, inputs, weight, about)
+                    weight = without_preference(weight, read.mean(0), features)
+                weight, bias, responses = self.writer.classes_to_scale(layer, inputs, weight, about, len(probes))
                 keys.add(inputs.new_zeros(layer.shape[0], read_keys.shape[1]))  # no layer reads these
                 means.add(torch.zeros_like(bias))
             else:
                 neurons = self.reader.neurons(reading, layer.bias and layer.bias.of(weights), about)
-                weight, mean = self.writer.hidden(layer, inputs, read_keys, neurons, about, features, task)
+                whole = inputs if len(inputs) == len(probes) else None
+                weight, mean = self.writer.hidden(layer, whole, read_keys, neurons, about, features, task)
                 gain = self.writer.scalar("gain", layer, about)
                 means.add(gain * mean)
                 weight, bias, responses = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
@@ -182,13 +186,6 @@ class Expert(nn.Module):
         return balance(graph, written)
 
 
-def read_by_last(layer: Layer, inputs: Tensor) -> Tensor:
-    """What the last layer reads of each probe, [probes, features]: logits are averaged over places in the end, and so
-    may be what they are linear in."""
-    places = inputs.movedim(1 if layer.is_convolution else -1, -1)
-    return places.flatten(1, -2).mean(1) if places.dim() > 2 else places
-
-
 def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
     """The weight of a last layer without a bias that prefers no class: what it gives for the `mean` [features] is taken
     off along a direction in which the centred `features` [probes, features] hardly differ."""
@@ -198,28 +195,26 @@ def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor
     return (flat - torch.outer(flat @ mean, direction) / (direction @ mean + 1e-8)).view_as(weight)
 
 
-def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor) -> Tensor | None:
-    """What regressions of a layer on the probes may read, centred, [probes, features]; None where there are none.
+def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor, probes: int) -> Tensor | None:
+    """What regressions of a layer on so many probes may read, [probes, features]; None where there are none.
 
-    Those of hidden layers on the few probes of a network with convolutions would fit these too closely.
+    Logits are averaged over places in the end, and so may be what they are linear in. Those of hidden layers on the few
+    probes of a network with convolutions would fit these too closely.
     """
-    if layer.last and (not layer.is_convolution or layer.positions * layer.groups == 1):
-        features = read_by_last(layer, inputs)
-    elif not layer.last and not graph.convolutional and inputs.dim() == 2:
-        features = inputs
-    else:
-        return None
-    return features - features.mean(0)
+    whole = len(inputs) == probes
+    if layer.last and layer.groups == 1:
+        if layer.positions == 1 or not layer.is_convolution:
+            return per_probe(inputs, layer.axis, probes)
+        return layer.patches(inputs, LAST_POSITIONS)[0].mean(1) if whole else None
+    return inputs if whole and inputs.dim() == 2 and not (layer.last or graph.convolutional) else None
 
 
 def seen_by(layer: Layer, responses: Tensor, probes: int, task: Task) -> Tensor:
     """What the probes' responses to a hidden layer, once it is written, say about its neurons, [neurons, dimension]."""
-    responses = F.relu(responses.movedim(1 if layer.is_convolution else -1, -1))
-    of_probes = [axis for axis, size in enumerate(responses.shape[:-1]) if size == probes]
-    if not of_probes:  # of parts of them, such as windows
+    found = per_probe(F.relu(responses), layer.axis, probes)
+    if found is None:
         return responses.new_zeros(layer.shape[0], task.responses.shape[1])
-    responses = responses.movedim(of_probes[0], 0).reshape(probes, -1, layer.shape[0]).mean(1)
-    responses = responses - responses.mean(0)
+    responses = found - found.mean(0)
     responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-6)
     return F.layer_norm(responses.T @ task.responses[:probes], task.responses.shape[1:])
 
@@ -268,10 +263,4 @@ def balance(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Te
     norms = torch.stack([weights[layer.weight.name].norm() for layer in graph.layers])
     usual = torch.tensor([math.sqrt(layer.shape[0] / 3) for layer in graph.layers]).to(norms)
     factors = (usual / (norms + 1e-8)).log()
-    factors = (factors - factors.mean()).exp()  # whose product is 1
-    balanced = {}
-    for layer, factor, gain in zip(graph.layers, factors, factors.cumprod(0), strict=True):
-        balanced[layer.weight.name] = weights[layer.weight.name] * factor
-        if layer.bias:
-            balanced[layer.bias.name] = weights[layer.bias.name] * gain
-    return weights | balanced
+    return graph.rescaled(weights, (factors - factors.mean()).exp())

@@ -77,7 +77,6 @@ class Follower:
     def __init__(self, parameters: dict[str, Tensor], originals: dict[str, Tensor]):
         self.neurons = Neurons()
         self.parameters = parameters
-        self.only_scales = True  # whether nothing so far but moved, averaged or was a function of single elements
         self._numbers: dict[int, Numbers] = {}
         named = [*originals.items(), *parameters.items()]  # a module may keep its own beside those it is called with
         self._parts: dict[int, Part] = {id(tensor): Part(name) for name, tensor in named}
@@ -144,7 +143,6 @@ class Follower:
                 plain = False
                 numbers = self._averaged(followed, again, index, output.shape)
             if numbers is None:
-                self.only_scales = False
                 middle = torch.full(output.shape, 0.5, dtype=torch.float64)
                 numbers = Numbers(torch.zeros_like(middle), middle, middle)
             self.number(output, numbers._replace(depth=depth, sources=sources))
@@ -188,7 +186,6 @@ class Follower:
             return None
         codes, y, x = (tensor.expand(shape) for tensor in inputs[0][:3])
         for other in inputs[1:]:
-            self.only_scales = False
             codes = self.neurons.summed(codes, other.codes.expand(shape))
             y, x = (y + other.y) / 2, (x + other.x) / 2
         return Numbers(codes, y, x)

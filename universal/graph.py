@@ -8,11 +8,13 @@ which are already those of the written layers before it.
 """
 
 import contextlib
+import functools
 import itertools
 import linecache
+import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -30,7 +32,6 @@ from universal.calls import (
     STATISTICS,
     Call,
     Calls,
-    Gain,
     Kind,
     Layer,
     Norm,
@@ -61,8 +62,9 @@ class ComputationGraph:
 
     `layers` and `norms` are in order of computation; `neurons` are those that they read; `format` is one of
     IMAGE_FORMATS. `written` and `left` are the names of the parameters and buffers that a generator writes, and of
-    those that it does not. Raises ValueError, naming the call and the line of the user's code, for what cannot be read.
-    The module stays as it is, but that lazy parameters are initialised.
+    those that it does not; those of which it writes a part are both. `count` is how many numbers it writes. Raises
+    ValueError, naming the call and the line of the user's code, for what cannot be read. The module stays as it is, but
+    that lazy parameters are initialised.
     """
 
     def __init__(self, module: nn.Module):
@@ -73,16 +75,29 @@ class ComputationGraph:
             reading = self._try_formats(self._read)
         self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
         self.neurons, self.classes, self._calls = reading.follower.neurons, reading.last.shape[0], reading.calls
-        self._only_scales = reading.follower.only_scales
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms)
         self.counters = [name for name in counters if name in self.state()]
-        parts = [part.name for call in (*self.layers, *self.norms, *self.shifts) for part in call.parts]
-        self.written = list(dict.fromkeys([*parts, *self.counters]))
-        self.left = [name for name in self.state() if name not in self.written]
+        parts = [part for call in (*self.layers, *self.norms, *self.shifts) for part in call.parts]
+        parts += map(Part, self.counters)
+        self.written = list(dict.fromkeys(part.name for part in parts))
+        sizes = {name: tensor.numel() for name, tensor in self.state().items()}
+        counts = {name: sizes[name] for name in self.written}
+        for name in {part.name for part in parts if part.index is not None}:
+            counts[name] = len(torch.cat([part.elements(sizes[name]) for part in parts if part.name == name]).unique())
+        self.left = [name for name, size in sizes.items() if counts.get(name, 0) < size]
+        self.count = sum(counts.values())
 
     def state(self) -> dict[str, Tensor]:
         """The module's parameters and buffers, by name."""
         return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+
+    def with_tied(self, names: list[str]) -> list[str]:
+        """`names`, and all others that the module has for the same tensors."""
+        chosen = {id(tensor) for name, tensor in self.state().items() if name in names}
+        every = itertools.chain(
+            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
+        )
+        return names + [name for name, tensor in every if id(tensor) in chosen and name not in names]
 
     def weights(self) -> dict[str, Tensor]:
         """The module's own parameters and buffers of floating point, by name, as float32."""
@@ -93,7 +108,7 @@ class ComputationGraph:
 
         With `batch_statistics` norms use those of the images, as in training, in the place of their running ones.
         """
-        weights = self._own(images) | weights
+        weights = self._own(images, but=weights) | weights
         return self._forward(images, weights, lambda call, inputs: call.of(weights, inputs, batch_statistics))
 
     def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
@@ -115,29 +130,41 @@ class ComputationGraph:
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
         """The logits of images [N, 1, 28, 28], each layer and norm computed by `compute(layer or norm, inputs)`."""
         calls = iter(self._calls)
+        names = {id(tensor): name for name, tensor in weights.items()}
+        another_way = ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
 
         def call(kind: Kind, function: Callable, args: tuple, kwargs: dict):
             expected, found = next(calls, (None, None))
             if expected is not function:
-                raise ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
+                raise another_way
             if found is None:
                 return function(*args, **kwargs)
             given = kind.bind(args, kwargs)
             inputs = given["input"]
+            if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
+                raise another_way
             if kind.by_element and inputs is weights.get(found.part.name):
                 inputs = given["other"]
             return compute(found, inputs)
 
         with still(self.module), Calls(call):
-            return logits_of(functional_call(self.module, weights, self.format(images)))
+            logits = logits_of(functional_call(self.module, weights, self.format(images)))
+        if next(calls, None) is not None:
+            raise another_way
+        return logits
 
-    def _own(self, images: Tensor) -> dict[str, Tensor]:
-        """The module's parameters and buffers of floating point, as the images are."""
-        return {name: tensor.detach().to(images) for name, tensor in self.state().items() if is_float(tensor)}
+    def _own(self, images: Tensor, but: Collection[str] = ()) -> dict[str, Tensor]:
+        """Copies, which the module may change, of its parameters and buffers, those of floating point as the images
+        are, `but` some."""
+        return {
+            name: tensor.detach().to(images.device, images.dtype if is_float(tensor) else None, copy=True)
+            for name, tensor in self.state().items()
+            if name not in but
+        }
 
     def _try_formats(self, run: Callable):
         """What `run(images, reading)` returns for images of the first of IMAGE_FORMATS that the module takes."""
-        images = torch.randn(2, 1, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
+        images = noise(2)
         failures = []
         for name, self.format in IMAGE_FORMATS.items():
             reading = Reading()
@@ -154,10 +181,9 @@ class ComputationGraph:
 
     def _read(self, images: Tensor, reading: "Reading") -> "Reading":
         """Find the layers, the norms and the classes in a forward pass on `images`, on the CPU."""
-        state = {name: tensor.detach().cpu() for name, tensor in self.state().items()}
-        state = {name: tensor.float() if is_float(tensor) else tensor for name, tensor in state.items()}
+        state = self._own(torch.zeros((), dtype=torch.float32))
         self.image_channels = images.shape[1] if images.dim() == 4 else 1
-        reading.start(images, self.image_channels, state, self.state())
+        reading.start(images, self.image_channels, state, self.state(), {*dict(self.module.named_buffers())})
         with Calls(reading.call, reading.follow):
             output = functional_call(self.module, state, images)
         reading.finish(output, type(self.module).__name__)
@@ -167,12 +193,36 @@ class ComputationGraph:
     def convolutional(self) -> bool:
         return any(layer.is_convolution for layer in self.layers)
 
-    @property
+    @functools.cached_property
     def is_rescalable(self) -> bool:
-        """Whether it is a chain of layers, each of which gives twice as much when it is given twice as much."""
-        in_a_row = all(layer.sources == {layer.index - 1} for layer in self.layers)
-        scale = all(layer.last or scales(layer.activation) for layer in self.layers)
-        return in_a_row and scale and self._only_scales and not self.norms
+        """Whether it is a chain of layers that can be `rescaled` against each other, as tried with random weights."""
+        if self.norms or not all(layer.sources == {layer.index - 1} for layer in self.layers):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        written = {name: tensor for name, tensor in self.weights().items() if name in self.written}
+        device = next(iter(written.values())).device
+        weights = {}
+        for name, tensor in written.items():
+            values = torch.randn(tensor.shape, dtype=torch.float32, generator=generator)
+            weights[name] = (values / math.sqrt(max(1, values[0].numel()))).to(device)
+        factors = torch.linspace(2, -2, len(self.layers)).exp()
+        with torch.no_grad():
+            images = noise(2).to(device)
+            before, after = (self.run(images, some) for some in (weights, self.rescaled(weights, factors)))
+        return torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
+
+    def rescaled(self, weights: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
+        """`weights` with those of each layer times its factor, and its biases times all factors so far.
+
+        In a chain of layers that give twice as much when they are given twice as much, and with `factors`, [layers],
+        whose product is 1, this changes nothing about what is computed.
+        """
+        scaled = {}
+        for layer, factor, gain in zip(self.layers, factors, factors.cumprod(0), strict=True):
+            scaled[layer.weight.name] = weights[layer.weight.name] * factor
+            if layer.bias:
+                scaled[layer.bias.name] = weights[layer.bias.name] * gain
+        return weights | scaled
 
 
 class Logits(nn.Module):
@@ -207,8 +257,13 @@ class Reading:
         self.calls: list[tuple[Callable, Call | None]] = []
         self.last: Layer | None = None
 
-    def start(self, images: Tensor, channels: int, parameters: dict[str, Tensor], originals: dict[str, Tensor]) -> None:
-        """Follow `images` of so many channels through a pass with these `parameters`, copies of the `originals`."""
+    def start(
+        self, images: Tensor, channels: int, parameters: dict[str, Tensor], originals: dict[str, Tensor],
+        buffers: set[str],
+    ) -> None:  # fmt: skip
+        """Follow `images` of so many channels through a pass with these `parameters`, copies of the `originals`, some
+        of them `buffers`."""
+        self.buffers = buffers
         self.follower = Follower(parameters, originals)
         self.follower.number(images, image_numbers(images, self.follower.neurons.add(channels)))
 
@@ -251,7 +306,6 @@ class Reading:
                 self.follow(function, args, kwargs, result)
             else:
                 summand = given["input"] if follower.part(given["input"]) is None else given["other"]
-                follower.only_scales &= isinstance(shift, Gain)
                 follower.number(result, follower.numbers(summand))
             return result
         numbers, weight = follower.numbers(given["input"]), given.get("weight")
@@ -273,12 +327,27 @@ class Reading:
         weight, bias = (self.follower.part(given.get(name)) for name in ("weight", "bias"))
         if bias is None and given.get("bias") is not None:
             raise Refused(f"{name_of(function)}: the bias of {weight.name} is not a parameter{place_of()}")
+        own = given["weight"]
+        if not kind.is_convolution and own.dim() != 2:
+            raise Refused(f"{name_of(function)} with a weight of {own.dim()} dimensions is not supported{place_of()}")
         if kind.transposed:
-            own = given["weight"]
             weight = weight.moved(self.follower.parameters[weight.name], torch.arange(own.numel()).view(own.shape).T)
-        layer = next((layer for layer in self.layers if layer.weight.same(weight)), None)
+        options = {}
+        if kind.is_convolution:
+            options = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+            sides = own.dim() - 2
+            options |= {name: per_side(options[name], sides) for name in ("stride", "padding", "dilation")}
+        layer = next((layer for layer in self.layers if layer.weight.meets(weight)), None)
         if layer is None:
-            layer = self._new_layer(kind, given, numbers, result, weight, bias)
+            layer = self._new_layer(kind, given, options, numbers, result, weight, bias)
+        elif (layer.weight, layer.bias, layer.options) != (weight, bias, options):
+            raise Refused(
+                f"{name_of(function)} takes {weight.name} again, in another way, which is not supported{place_of()}"
+            )
+        layer.sources |= numbers.sources
+        for source in numbers.sources - {-1}:
+            if all(layer is not reader for reader in self.layers[source].readers):
+                self.layers[source].readers.append(layer)
         # What comes out is of the layer's neurons, at the places where it reads.
         axis = kind.axis % result.dim()
         shape = [-1 if place == axis else 1 for place in range(result.dim())]
@@ -293,14 +362,14 @@ class Reading:
         self.follower.number(result, Numbers(*expanded, numbers.depth + 1, frozenset([layer.index])))
         return layer
 
-    def _new_layer(self, kind: Kind, given: dict, numbers: Numbers, result, weight: Part, bias: Part | None) -> Layer:
+    def _new_layer(
+        self, kind: Kind, given: dict, options: dict, numbers: Numbers, result: Tensor, weight: Part, bias: Part | None
+    ) -> Layer:
         neurons, shape = self.follower.neurons, tuple(given["weight"].shape)
         if kind.is_convolution:
-            options = {name: given.get(name, default) for name, default in DEFAULTS.items()}
             channels, places, grid, order = read_channels(numbers)
             side, resolution = given["input"].shape[-1], result.shape[-1]
         else:
-            options = {}
             channels, places, grid, order = read_features(numbers)
             side, resolution = 1, result.numel() // result.shape[-1] // 2  # tokens of each of the two images
         read = [self.layers[source] for source in numbers.sources - {-1}]
@@ -326,8 +395,6 @@ class Reading:
             and any(source.resolution > 1 for source in read),
         )
         neurons.add(layer.shape[0], layer=layer.index)
-        for source in read:
-            source.readers.append(layer)
         self.layers.append(layer)
         return layer
 
@@ -337,7 +404,9 @@ class Reading:
             numbers, part = self.follower.numbers(given[summand]), self.follower.part(given[other])
             if numbers is None or part is None or given.keys() - {"input", "other"}:
                 continue
-            known = (shift for shift in self.shifts if shift.part.same(part) and type(shift) is by_element)
+            if part.name in self.buffers:  # masks, and places that are not learned
+                continue
+            known = (shift for shift in self.shifts if shift.part == part and type(shift) is by_element)
             shift = next(known, None)
             lies = where_it_lies(given[other], numbers) if shift is None else None
             if lies is not None:
@@ -365,6 +434,9 @@ class Reading:
             neurons = self.follower.neurons.numbers(codes)
             norm = Norm(name, function, settings, parts, neurons, axis, places, kind.by_inputs, numbers.sources)
             self.norms.append(norm)
+        elif (norm.function, norm.settings) != (function, settings):
+            raise Refused(f"{name_of(function)} takes {norm.name} again, in another way, not supported{place_of()}")
+        norm.sources |= numbers.sources
         for source in numbers.sources - {-1}:
             self.layers[source].normalised = True
         self.follower.number(result, numbers)
@@ -377,6 +449,8 @@ class Reading:
             raise Refused(f"{name} returns a {type(output).__name__}, not logits [N, classes]")
         if logits.dim() != 2 or len(logits) != 2:
             raise Refused(f"{name}: the output has shape {[*logits.shape[1:]]} per image; it must be [classes]")
+        if logits.shape[1] < 2:
+            raise Refused(f"{name}: has one class, but telling classes apart takes two")
         numbers = self.follower.numbers(logits)
         if numbers is None:
             raise Refused(f"{name}: its output cannot be followed back to the images")
@@ -396,6 +470,20 @@ class Reading:
         self.norms = [norm for norm in self.norms if norm.sources & reached]
         kept = {id(call) for call in (*self.layers, *self.norms, *self.shifts)}
         self.calls = [(function, found if id(found) in kept else None) for function, found in self.calls]
+
+
+def noise(count: int) -> Tensor:
+    """So many images of noise, [count, 1, 28, 28], always the same."""
+    shape = (count, 1, IMAGE_SIDE, IMAGE_SIDE)
+    return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+
+
+def per_side(option: int | str | Sequence[int], sides: int) -> str | tuple[int, ...]:
+    """An option of a convolution as one number for each of so many sides, or its name."""
+    if isinstance(option, str):
+        return option
+    numbers = (option,) if isinstance(option, int) else tuple(option)
+    return numbers * sides if len(numbers) == 1 else numbers
 
 
 def image_numbers(images: Tensor, codes: Tensor) -> Numbers:
@@ -445,14 +533,6 @@ def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Ten
         if fits and ((codes == neurons) | (codes == 0)).all():  # beside tokens of no neuron
             return axis, neurons, torch.stack([y[:, 0], x[:, 0]], 1).float() if len(added) > 1 else None
     return None
-
-
-def scales(values: tuple[float, ...] | None) -> bool:
-    """Whether a function with these values at ACTIVATION_POINTS gives twice as much for twice as much; None does."""
-    if values is None:
-        return True
-    at = dict(zip(ACTIVATION_POINTS, values, strict=True))
-    return at[0.0] == 0 and all(abs(at[2 * p] - 2 * at[p]) < 1e-6 for p in (-1.0, -0.5, 0.5, 1.0))
 
 
 def middles(count: int) -> Tensor:
@@ -521,17 +601,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def still(module: nn.Module) -> Iterator[None]:
-    """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes as they are."""
+    """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and PyTorch's state
+    of random numbers, as they are. What the module draws is the same every time."""
     modes = [(part, part.training) for part in module.modules()]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer would hide its parts
     try:
         module.eval()
-        yield
+        with torch.random.fork_rng(devices=[]), uncompiled():
+            torch.default_generator.manual_seed(0)
+            yield
     finally:
         for part, training in modes:
             part.training = training
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def uncompiled() -> contextlib.AbstractContextManager:
+    """What `torch.compile` has wrapped runs as it was written: its compiler would trace what sees the calls."""
+    loaded = "torch._dynamo" in sys.modules  # which takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
 
 
 def place_of(error: Exception | None = None) -> str:

@@ -12,7 +12,8 @@ class Reader(nn.Module):
     """(a layer, its current weights, the keys of its inputs) -> what each of its neurons is, [neurons, dimension].
 
     A neuron is known only by its own random weights: by their products with the keys of the neurons that it reads and,
-    in linear layers, by their responses to the probes. The neurons of a layer then see each other, by attention.
+    in networks without convolutions, by their responses to the probes. The neurons of a layer then see each other, by
+    attention.
     """
 
     def __init__(self, dimension: int, hidden: int, rank: int):

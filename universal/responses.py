@@ -65,6 +65,20 @@ def decorrelate(responses: Tensor, ridge: Tensor, values: Tensor) -> Tensor:
     return torch.rsqrt(variance + 1e-8) * mixed(values)
 
 
+def per_probe(values: Tensor, axis: int, probes: int) -> Tensor | None:
+    """What activations whose neurons lie on `axis` are of each of so many probes, [probes, neurons]: means over places.
+
+    The probes may lie on any axis, or be folded into the first one with their places; None if they are nowhere.
+    """
+    values = values.movedim(axis, -1)
+    *others, neurons = values.shape
+    if probes in others:
+        values = values.movedim(others.index(probes), 0)
+    elif others[0] % probes:
+        return None
+    return values.reshape(probes, -1, neurons).mean(1)
+
+
 def unit_responses(weight: Tensor, inputs: Tensor, each: bool = True) -> Tensor:
     """The weight, [..., neurons, features], scaled so that the responses to `inputs`, [..., n, features], of `each`
     neuron or of all, have a mean square of 1."""

@@ -65,8 +65,7 @@ def main() -> None:
             result = scored(network, data) if options.evaluate else None
         except ValueError as error:
             raise UserError(f"{options.model}: {error}") from error
-        sizes = {name: tensor.numel() for name, tensor in ComputationGraph(network).state().items()}
-        line = f"Seed {seed}: wrote {sum(sizes[name] for name in accounts.written):,} weights in {milliseconds:.0f} ms"
+        line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
         if result is not None:
             line += f", Accuracy = {result.accuracy_percent:.2f}%"
         print(line, flush=True)

@@ -29,10 +29,14 @@ VERSION = 8  # 7 had fewer parameters, 6 no scales, and 5 a single expert
 
 
 class Accounts(NamedTuple):
-    """Every parameter and buffer of a network, by name: those that were written, and those left at their init."""
+    """Every parameter and buffer of a network, by name: those that were written, and those left at their init.
+
+    Those of which only a part is used are both. `count` is how many numbers were written.
+    """
 
     written: list[str]
     left: list[str]
+    count: int
 
 
 class GraphWeightSynthesizer(nn.Module):
@@ -118,7 +122,8 @@ class GraphWeightSynthesizer(nn.Module):
         """Write the weights of `module` in place, in `steps` generative steps; which they are, and which are not.
 
         They are made from the weights that it has, or with `seed` from a fresh random init. Raises ValueError if the
-        module cannot be read (`universal.graph.ComputationGraph`), has too many classes or holds NaN.
+        module cannot be read (`universal.graph.ComputationGraph`), has too many classes, holds NaN or makes NaN of the
+        probes.
         """
         return self.fill(ComputationGraph(module), seed, steps)
 
@@ -126,16 +131,26 @@ class GraphWeightSynthesizer(nn.Module):
     def fill(self, graph: ComputationGraph, seed: int | None = None, steps: int = 1) -> Accounts:
         """`write` the weights of the module whose graph this is."""
         weights = graph.weights() | ({} if seed is None else random_weights(graph, seed))
-        for name, tensor in weights.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name}: holds NaN or infinite weights")
         weights = {name: tensor.to(self.router.weight) for name, tensor in weights.items()}
-        for step in range(steps):
-            weights |= self(graph, weights, step)
+        names = [name for name in graph.written if name in weights]
+        for name in names:
+            if not weights[name].isfinite().all():
+                raise ValueError(f"{name}: holds NaN or infinite weights")
+        try:
+            for step in range(steps):
+                weights |= self(graph, weights, step)
+            broken = next((name for name in names if not weights[name].isfinite().all()), None)
+        except torch.linalg.LinAlgError:  # of NaN
+            broken = graph.layers[0].name
+        if broken is not None:
+            raise ValueError(
+                f"{broken}: cannot be written: the network makes NaN or infinite values of the synthesiser's images, "
+                "whose pixels are not within the bounds of real ones: has it a root or a logarithm of them?"
+            )
         state = graph.state()
         for name in graph.written:
             state[name].copy_(weights.get(name, torch.ones(())))  # of batches, a norm has seen one: that of the probes
-        return Accounts(graph.written, graph.left)
+        return Accounts(graph.with_tied(graph.written), graph.with_tied(graph.left), graph.count)
 
     def synthesize(self, module: nn.Module, seed: int | None = None, steps: int = 1) -> nn.Module:
         """`write` the weights of `module` in place, and return it."""
@@ -150,10 +165,17 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
     own = graph.weights()
     for layer in graph.layers:
         bound = 1 / math.sqrt(math.prod(layer.shape[1:]))
-        layer.weight.put(weights, torch.empty(layer.shape).uniform_(-bound, bound, generator=generator), own)
-        if layer.bias:
-            layer.bias.put(weights, torch.empty(layer.shape[0]).uniform_(-bound, bound, generator=generator), own)
+        for part, shape in ((layer.weight, layer.shape), (layer.bias, layer.shape[:1])):
+            if part is not None:
+                values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+                part.put(weights, values, own)
     return weights
+
+
+def random_init(graph: ComputationGraph, seed: int, device: torch.device) -> dict[str, Tensor]:
+    """All weights of `graph`, by name, on a device: `random_weights`, and others as the module has them."""
+    init = graph.weights() | random_weights(graph, seed)
+    return {name: tensor.to(device) for name, tensor in init.items()}
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

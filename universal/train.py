@@ -50,7 +50,7 @@ from universal.synthesizer import (
     SYNTHESIZER,
     GraphWeightSynthesizer,
     load_synthesizer,
-    random_weights,
+    random_init,
     save_synthesizer,
     with_added,
 )
@@ -178,10 +178,11 @@ class Training:
             self.adam, rates, total_steps=options.steps, pct_start=warm_up, cycle_momentum=False
         )
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
+        self.pace = 0.0  # seconds a step, of late
 
     def run(self, until: int) -> None:
         """Train up to step `until`. Raises UserError if a loss is not finite, or nothing can be written."""
-        start, losses = time.perf_counter(), []
+        start, losses, first = time.perf_counter(), [], self.step
         while self.step < until:
             try:
                 losses.append(self.one_step())
@@ -191,7 +192,9 @@ class Training:
                 ) from error
             self.step += 1
         self.loss = torch.stack(losses).mean().item()
-        self.seconds += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.pace = seconds / (self.step - first)
         if not math.isfinite(self.loss):
             raise UserError(f"the loss is not finite after {self.step} steps, nothing saved: lower --lr")
 
@@ -234,8 +237,7 @@ class Training:
 
     def draw_init(self, graph: ComputationGraph, drawn: random.Random, earlier: int) -> dict[str, Tensor]:
         """A random init of `graph`, or what so many `earlier` generative steps make of it."""
-        init = graph.weights() | random_weights(graph, drawn.getrandbits(31))
-        init = {name: tensor.to(self.options.device) for name, tensor in init.items()}
+        init = random_init(graph, drawn.getrandbits(31), self.options.device)
         with torch.no_grad():
             for step in range(earlier):
                 init |= self.synthesizer(graph, init, min(step, 1))
@@ -248,7 +250,7 @@ class Training:
             torch.manual_seed(self.options.seed)
             network = self.average.module.synthesize(EVALUATED[title]().to(self.options.device))
             accuracies.append(f"{score(network, self.validation).accuracy_percent:5.2f}% ({name})")
-        minutes = self.seconds / self.step * (self.options.steps - self.step) / 60
+        minutes = self.pace * (self.options.steps - self.step) / 60
         print(
             f"Step {self.step:{len(str(self.options.steps))}d}/{self.options.steps}: Loss = {self.loss:.4f}, "
             f"Validation Accuracy = {', '.join(accuracies)}, Time Left = {minutes:.1f} min",
@@ -257,10 +259,10 @@ class Training:
 
     def settings(self) -> dict:
         """What a training that goes on must share with the one that was interrupted."""
-        names = ("seed", "steps", "batch_size", "lr", "probes", "kinds", "pairs_from", "validation")
+        names = ("seed", "steps", "batch_size", "lr", "kinds", "pairs_from", "validation")
         return {name: getattr(self.options, name) for name in names} | {
             "processes": self.processes, "use_bf16": self.use_bf16,
-            "start_from": [str(path) for path in self.options.start_from], "experts": len(self.synthesizer.experts),
+            "start_from": [str(path) for path in self.options.start_from], "synthesizer": self.synthesizer.settings,
         }  # fmt: skip
 
     def parts(self) -> dict:
@@ -298,8 +300,7 @@ def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
     if not isinstance(content, dict) or "states" not in content:
         return widened(load_synthesizer(path))
     try:
-        settings = {name: content["settings"][name] for name in ("probes", "experts")}
-        average = AveragedModel(GraphWeightSynthesizer(**settings))
+        average = AveragedModel(GraphWeightSynthesizer(**content["settings"]["synthesizer"]))
         average.load_state_dict(with_added(content["states"]["average"], average))
         average.module.seconds = {"recording": 0.0, "training": float(content["progress"]["seconds"])}
     except (KeyError, TypeError, RuntimeError) as error:
@@ -373,13 +374,16 @@ def tried(
     for _ in range(networks):
         network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
         graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
-        init = graph.weights() | random_weights(graph, draw.getrandbits(31))
-        init = {name: tensor.to(data.images.device) for name, tensor in init.items()}
+        init = random_init(graph, draw.getrandbits(31), data.images.device)
         some = data[torch.randint(len(data.labels), (images,))]
-        written = (graph.run(some.images, write(graph, init)) for write in writers)
-        losses.append(torch.stack([F.cross_entropy(logits, some.labels) for logits in written]))
+        for write in writers:
+            try:
+                losses.append(F.cross_entropy(graph.run(some.images, write(graph, init)), some.labels).item())
+            except torch.linalg.LinAlgError:  # activations so large that no regression can be solved
+                losses.append(math.inf)
         about.append(synthesizer.about(graph))
-    return torch.stack(about), (torch.stack(losses).nan_to_num(10.0) + 0.02).log()
+    losses = torch.tensor(losses, device=data.images.device).view(networks, -1)
+    return torch.stack(about), (losses.nan_to_num(10.0, posinf=10.0) + 0.02).log()
 
 
 def widened(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:

@@ -48,7 +48,7 @@ class Tuning(nn.Module):
 
     def relevances(self, layer: Layer, inputs: Tensor) -> Tensor:
         """Powers of the root mean squares of the `inputs` of each neuron, [neurons, inputs of one]."""
-        sizes = inputs.movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2).square().mean(0).sqrt()
+        sizes = inputs.movedim(layer.axis, -1).flatten(0, -2).square().mean(0).sqrt()
         powers = (sizes / (sizes.mean() + 1e-12) + 1e-6) ** self.offset("relevance", layer)
         return powers.view(layer.groups, -1).repeat_interleave(layer.shape[0] // layer.groups, 0)
 

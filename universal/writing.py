@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from universal.calls import Layer
 from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions
-from universal.responses import decorrelate, ridge_regression, unit_responses, unit_rms
+from universal.responses import decorrelate, per_probe, ridge_regression, unit_responses, unit_rms
 from universal.task import Task
 from universal.tuning import Tuning
 
@@ -53,10 +53,12 @@ class Writer(nn.Module):
         self.concept_code_norm = nn.Sequential(nn.LayerNorm(concepts), AcrossNeurons())
 
     def hidden(
-        self, layer: Layer, inputs: Tensor, keys: Tensor, neurons: Tensor, about: Tensor, features: Tensor | None,
-        task: Task,
+        self, layer: Layer, inputs: Tensor | None, keys: Tensor, neurons: Tensor, about: Tensor,
+        features: Tensor | None, task: Task,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new weight of a hidden layer, of any scale, and the bias of its standardised responses.
+
+        `inputs` are None if they are of parts of the probes, such as windows.
 
         The bias stays within one deviation. Free, it grows in training until no neuron is ever off: random inits do
         not disturb linear layers, so these are easier to write, but the network is then worth no more than a shallower
@@ -76,7 +78,7 @@ class Writer(nn.Module):
             fitted = ridge_regression(features, wanted_of(len(features)), ridge)
             share = self.scalar("concept_share", layer, about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
-        if layer.is_convolution:
+        if layer.is_convolution and inputs is not None:
             share = self.patch_share(about)
             if share.requires_grad or share != 0:
                 patches = layer.patches(inputs, POSITIONS)
@@ -158,14 +160,15 @@ class Writer(nn.Module):
         return weight, bias, layer(inputs, weight, bias)
 
     def classes_to_scale(
-        self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor
+        self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor, probes: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight of the last layer brought to scale, its bias, and the responses. Classes keep their scales."""
+        """The weight of the last layer brought to scale, its bias, and the responses to so many probes. Classes keep
+        their scales."""
         if self.tuning is not None:
             weight = self.tuning.spread(layer, weight, inputs)
-        axis = 1 if layer.is_convolution else -1
-        responses = layer(inputs, weight).movedim(axis, -1)
-        logits = responses.flatten(1, -2).mean(1) if responses.dim() > 2 else responses  # averaged in the end
+        responses = layer(inputs, weight).movedim(layer.axis, -1)
+        logits = per_probe(responses, -1, probes)  # averaged in the end
+        logits = responses.flatten(0, -2) if logits is None else logits
         mean = logits.mean(0)
         scale = self.scalar("logit_scale", layer, about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
         bias = -mean * scale
@@ -173,12 +176,12 @@ class Writer(nn.Module):
             below, above = (layer.activation[index] == layer.activation[index + 1] for index in (0, -2))
             if below and not above:  # what cuts off what is negative, such as a ReLU, is to let all pass
                 bias = bias + 3 * (responses * scale).std()
-        return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, axis)
+        return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, layer.axis)
 
 
 def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The responses of a layer's neurons, [responses, neurons], standardised; their means and inverse deviations."""
-    responses = layer(inputs, weight).movedim(1 if layer.is_convolution else -1, -1).flatten(0, -2)
+    responses = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
     mean = responses.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
     responses = responses - mean
     inverse_deviation = torch.rsqrt(responses.square().mean(0) + 1e-8)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from scripting import add_data_options, add_training_options, option_parser, run_script, run_to_end, start_processes
+from universal.builders import MODEL_HELP
 from universal.reinforce.reinforcement import Reinforcement, add_search_options
 from universal.synthesizer import load_synthesizer, save_synthesizer
 
@@ -25,6 +26,7 @@ from universal.synthesizer import load_synthesizer, save_synthesizer
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Improve a synthesiser by trial and error.", seed=0)
     add_search_options(parser)
+    parser.add_argument("--model", help=f"{MODEL_HELP} (default: random architectures)")
     add_training_options(parser, report_every=10, checkpoint="reinforcement.pth", out=Path("reinforced.pth"))
     add_data_options(parser)
     parser.set_defaults(validation=2000)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scripting import UserError, number, resume_training, save_training
 from target_cnn import TargetCNN, scoring_data, training_data
-from universal.builders import MODEL_HELP, load_builder
+from universal.builders import load_builder
 from universal.reinforce.rewards import REWARDS, load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
@@ -31,7 +31,6 @@ def add_search_options(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward (required)",
     )
-    parser.add_argument("--model", help=f"{MODEL_HELP} (default: random architectures)")
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the synthesiser to start from")
     parser.add_argument(
         "--evaluations", type=number(int, 1, 10**9), default=4000, help="networks to write and reward, at most"
