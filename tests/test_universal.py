@@ -526,6 +526,17 @@ def test_synthesize_fills_the_module_in_place(synthesizer):
     assert not torch.allclose(same, other)
 
 
+def test_double_precision_by_default_changes_nothing(synthesizer):
+    expected = flatten_weights(synthesizer.synthesize(cnn([4, 8], 12), seed=0))
+    torch.set_default_dtype(torch.float64)
+    try:
+        network = synthesizer.synthesize(cnn([4, 8], 12), seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert network[0].weight.dtype == torch.float64
+    torch.testing.assert_close(flatten_weights(network).float(), expected, rtol=0.05, atol=0.01)
+
+
 def test_without_a_seed_the_module_s_own_weights_are_the_init(synthesizer):
     torch.manual_seed(5)
     network = mlp([20])
@@ -650,6 +661,10 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
         network[1].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"1\.weight: holds NaN"):
         synthesizer.synthesize(network)
+    with torch.inference_mode():
+        made = mlp([20])
+    with pytest.raises(ValueError, match=r"1\.weight: was made in inference mode"):
+        synthesizer.synthesize(made, seed=0)
     with pytest.raises(ValueError, match="has 11 classes, but the synthesiser knows 10"):
         synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
 

@@ -100,6 +100,6 @@ def ridge_regression(features: Tensor, targets: Tensor, ridge: Tensor) -> Tensor
     scale = features.square().mean((-2, -1), keepdim=True) * count + 1e-6
     dual = rows <= count
     gram = features @ features.mT if dual else features.mT @ features
-    factor = torch.linalg.cholesky(gram / scale + (ridge + 1e-3) * torch.eye(gram.shape[-1], device=gram.device))
+    factor = torch.linalg.cholesky(gram / scale + (ridge + 1e-3) * torch.eye(gram.shape[-1]).to(gram))
     solved = torch.cholesky_solve(targets if dual else features.mT @ targets, factor)
     return (solved.mT @ features if dual else solved.mT) / scale

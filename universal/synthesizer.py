@@ -132,8 +132,11 @@ class GraphWeightSynthesizer(nn.Module):
         """`write` the weights of the module whose graph this is."""
         weights = graph.weights() | ({} if seed is None else random_weights(graph, seed))
         weights = {name: tensor.to(self.router.weight) for name, tensor in weights.items()}
+        state = graph.state()
         names = [name for name in graph.written if name in weights]
         for name in names:
+            if state[name].is_inference():
+                raise ValueError(f"{name}: was made in inference mode and cannot be written: make it outside")
             if not weights[name].isfinite().all():
                 raise ValueError(f"{name}: holds NaN or infinite weights")
         try:
@@ -147,7 +150,6 @@ class GraphWeightSynthesizer(nn.Module):
                 f"{broken}: cannot be written: the network makes NaN or infinite values of the synthesiser's images, "
                 "whose pixels are not within the bounds of real ones: has it a root or a logarithm of them?"
             )
-        state = graph.state()
         for name in graph.written:
             state[name].copy_(weights.get(name, torch.ones(())))  # of batches, a norm has seen one: that of the probes
         return Accounts(graph.with_tied(graph.written), graph.with_tied(graph.left), graph.count)

@@ -110,7 +110,7 @@ class Writer(nn.Module):
 
     def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
         """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
-        ridge = self.scalar("key_ridge", layer, about) * torch.eye(self.dimension, device=keys.device)
+        ridge = self.scalar("key_ridge", layer, about) * torch.eye(self.dimension).to(keys)
         dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
         dual = dual.view(layer.groups, -1, self.dimension)
         functions = self.functions(layer, about)
