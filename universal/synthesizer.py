@@ -28,6 +28,10 @@ ADDED = {"gain_scale", "seen", "patch_share", "patch_ridge"}  # parameters that 
 VERSION = 8  # 7 had fewer parameters, 6 no scales, and 5 a single expert
 
 
+class Unwritable(ValueError):
+    """What would have been written as NaN or infinite weights."""
+
+
 class Accounts(NamedTuple):
     """Every parameter and buffer of a network, by name: those that were written, and those left at their init.
 
@@ -135,7 +139,7 @@ class GraphWeightSynthesizer(nn.Module):
         state = graph.state()
         names = [name for name in graph.written if name in weights]
         for name in names:
-            if state[name].is_inference():
+            if state[name].is_inference() and not torch.is_inference_mode_enabled():
                 raise ValueError(f"{name}: was made in inference mode and cannot be written: make it outside")
             if not weights[name].isfinite().all():
                 raise ValueError(f"{name}: holds NaN or infinite weights")
@@ -146,7 +150,7 @@ class GraphWeightSynthesizer(nn.Module):
         except torch.linalg.LinAlgError:  # of NaN
             broken = graph.layers[0].name
         if broken is not None:
-            raise ValueError(
+            raise Unwritable(
                 f"{broken}: cannot be written: the network makes NaN or infinite values of the synthesiser's images, "
                 "whose pixels are not within the bounds of real ones: has it a root or a logarithm of them?"
             )

@@ -344,7 +344,7 @@ def start_router(
     def loss() -> Tensor:
         optimizer.zero_grad()
         wrong = F.cross_entropy(router(about), choice, reduction="none")
-        total = (matters * wrong).mean() + 2e-6 * router.weight.square().sum()
+        total = (matters * wrong).mean() + 1e-4 * router.weight.square().sum()
         total.backward()
         return total
 

@@ -14,7 +14,7 @@ from universal.architectures import draw_architecture
 from universal.graph import ComputationGraph, Logits, in_fastest_layout
 from universal.networks import EVALUATED_SHAPES
 from universal.reinforce.rewards import Reward
-from universal.synthesizer import GraphWeightSynthesizer
+from universal.synthesizer import GraphWeightSynthesizer, Unwritable
 
 
 class Trial(NamedTuple):
@@ -63,9 +63,7 @@ def written(synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, seed: 
     """A copy of the network that is written from the random init of `seed`; None if its weights are not finite."""
     try:
         synthesizer.fill(graph, seed)
-    except torch.linalg.LinAlgError:  # responses so large, or so alike, that no regression can be solved
-        return None
-    if not all(parameter.isfinite().all() for parameter in graph.module.parameters()):
+    except Unwritable:  # responses so large, or so alike, that no regression can be solved
         return None
     return Logits(graph, copy.deepcopy(graph.module))  # rewards may change it, and what is left at its init must stay
 
