@@ -255,11 +255,14 @@ def test_what_a_network_does_to_its_own_tensors_or_draws_stays_within():
 
     network = Busy()
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    random = torch.get_rng_state()
     graph = ComputationGraph(network)
     images = torch.ones(2, 1, 28, 28)
     weights = graph.weights()
-    same = [graph.run(images, {name: tensor.clone() for name, tensor in weights.items()}) for _ in range(2)]
+    same = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        random = torch.get_rng_state()
+        same.append(graph.run(images, {name: tensor.clone() for name, tensor in weights.items()}))
     assert torch.equal(*same)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
@@ -273,9 +276,14 @@ def test_another_way_through_the_network_is_noticed():
             self.out, self.way = nn.Linear(8, 10), way
 
         def forward(self, x):
-            return self.out(self.way(self, self.a(x.flatten(1)), len(x) < 10))
+            few = len(x) < 10
+            x = self.out(self.way(self, self.a(x.flatten(1)), few))
+            if few:
+                F.linear(x, x.detach())  # nothing comes of it
+            return x
 
     ways = [
+        lambda self, x, few: self.b(x),
         lambda self, x, few: self.b(x) if few else self.c(x),
         lambda self, x, few: self.b(x) if few else x,
         lambda self, x, few: x if few else self.b(x),
@@ -359,6 +367,21 @@ def test_tied_and_partly_used_parameters_are_accounted_for():
     assert graph.left == ["places"] and "places" in graph.written
     assert graph.count == 28 * 8 + 8 + 28 * 8 + 8 * 10 + 10
     assert set(graph.with_tied(graph.written)) == set(graph.module.state_dict())
+
+
+def test_attention_takes_a_mask_for_each_image_and_head():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.out = nn.MultiheadAttention(28, 2, batch_first=True), nn.Linear(784, 10)
+
+        def forward(self, x):
+            mask = torch.arange(2 * len(x) * 784).view(-1, 28, 28) % 3 == 1
+            return self.out(self.attention(x[:, 0], x[:, 0], x[:, 0], attn_mask=mask)[0].flatten(1))
+
+    network = Masked().eval()
+    images = torch.randn(3, 1, 28, 28)
+    torch.testing.assert_close(ComputationGraph(network).run(images, {}), network(images))
 
 
 def test_options_of_convolutions_may_be_short():
@@ -504,6 +527,16 @@ class Twice(nn.Module):
         return self.out(x.mean(1))
 
 
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.out = nn.LayerNorm(784), nn.Linear(784, 10)
+
+    def forward(self, x):
+        x = self.norm(x.flatten(1)).relu()
+        return self.out(F.layer_norm(x, (784,), self.norm.weight, self.norm.bias, 0.1))
+
+
 class PerHead(nn.Module):
     def __init__(self):
         super().__init__()
@@ -530,6 +563,7 @@ def weight_normed(norm) -> nn.Module:
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, None, 2, 1)), "takes kernel again, in another way"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, own.bias, padding=1)), "takes kernel again"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel.mT, padding=1)), "takes kernel again"),
+        (Normed, "layer_norm takes norm again, in another way"),
         (PerHead, "with a weight of 3 dimensions is not supported"),
         (lambda: flat(features=784, classes=1), "has one class, but telling classes apart takes two"),
         (Pair, "^Pair returns a tuple, not logits"),

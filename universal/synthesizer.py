@@ -178,7 +178,7 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
     return weights
 
 
-def random_init(graph: ComputationGraph, seed: int, device: torch.device) -> dict[str, Tensor]:
+def fresh_init(graph: ComputationGraph, seed: int, device: torch.device) -> dict[str, Tensor]:
     """All weights of `graph`, by name, on a device: `random_weights`, and others as the module has them."""
     init = graph.weights() | random_weights(graph, seed)
     return {name: tensor.to(device) for name, tensor in init.items()}

@@ -49,8 +49,8 @@ from universal.synthesizer import (
     MAKER,
     SYNTHESIZER,
     GraphWeightSynthesizer,
+    fresh_init,
     load_synthesizer,
-    random_init,
     save_synthesizer,
     with_added,
 )
@@ -237,7 +237,7 @@ class Training:
 
     def draw_init(self, graph: ComputationGraph, drawn: random.Random, earlier: int) -> dict[str, Tensor]:
         """A random init of `graph`, or what so many `earlier` generative steps make of it."""
-        init = random_init(graph, drawn.getrandbits(31), self.options.device)
+        init = fresh_init(graph, drawn.getrandbits(31), self.options.device)
         with torch.no_grad():
             for step in range(earlier):
                 init |= self.synthesizer(graph, init, min(step, 1))
@@ -374,7 +374,7 @@ def tried(
     for _ in range(networks):
         network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
         graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
-        init = random_init(graph, draw.getrandbits(31), data.images.device)
+        init = fresh_init(graph, draw.getrandbits(31), data.images.device)
         some = data[torch.randint(len(data.labels), (images,))]
         for write in writers:
             try:
