@@ -12,8 +12,8 @@ from diffusion_model import rollout
 from evaluate_generalization import evaluation_parser
 from scripting import run_script, table
 from target_cnn import Score, find_runs, load_run, score_weights, scoring_data
-from universal.flat import load_generator
-from universal.plots import plot_comparison
+from universal.experiment.generators import load_generator
+from universal.experiment.pictures import plot_comparison
 
 
 def parse_options() -> argparse.Namespace:

@@ -44,9 +44,9 @@ from target_cnn import (
     train_epoch,
     training_data,
 )
-from universal.flat import load_generator
-from universal.generalization import assess, cost, match_neurons, report, starting_points
-from universal.plots import plot_evaluation
+from universal.experiment.generators import load_generator
+from universal.experiment.pictures import plot_evaluation
+from universal.experiment.verdict import assess, cost, match_neurons, report, starting_points
 
 
 def parse_options() -> argparse.Namespace:

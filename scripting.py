@@ -12,9 +12,13 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
+    from matplotlib.figure import Figure
 
 try:
     import fcntl
@@ -373,6 +377,18 @@ def save_json(path: Path, content) -> None:
     """Save `content` as indented JSON through `save_file`."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     save_file(path, lambda temporary: temporary.write_text(text))
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of this size in inches, which no window shows."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Save a figure in the format of the suffix of `path`. Raises UserError if it cannot be written."""
+    save_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
 def current_umask() -> int:

@@ -36,8 +36,8 @@ from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diff
 from scripting import OneLineParser, number, run_script, table  # noqa: E402
 from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, score_weights, scoring_data  # noqa: E402
 from universal import load_synthesizer  # noqa: E402
-from universal.graph import ComputationGraph  # noqa: E402
-from universal.networks import cnn, mlp  # noqa: E402
+from universal.evaluation.networks import cnn, mlp  # noqa: E402
+from universal.reading.graph import ComputationGraph  # noqa: E402
 
 
 def parse_options() -> argparse.Namespace:

@@ -15,7 +15,7 @@ from target_cnn import (
     score_weights,
     train_epoch,
 )
-from universal.generalization import (
+from universal.experiment.verdict import (
     INTERPOLATES,
     NEW_NETWORKS,
     NO_NETWORKS,

@@ -5,8 +5,8 @@ from conftest import assert_png
 
 from evaluate_generalization import networks_to_show
 from target_cnn import Score, random_init
-from universal.generalization import permute_neurons, random_orders
-from universal.plots import PIXELS, filter_mosaic, plot_evaluation
+from universal.experiment.pictures import PIXELS, filter_mosaic, plot_evaluation
+from universal.experiment.verdict import permute_neurons, random_orders
 
 NETWORKS = [
     {"method": f"generated, step {step}", "accuracy_percent": 90.0, "error_overlap": 0.5, "nearest": "run/epoch_2.pth"}

@@ -17,17 +17,17 @@ from torch import nn
 from scripting import save_training
 from target_cnn import load_mnist
 from universal import load_synthesizer
-from universal.architectures import parameter_shapes
-from universal.graph import ComputationGraph, Logits
-from universal.networks import mlp
+from universal.evaluation.networks import mlp
+from universal.model.synthesizer import save_synthesizer
+from universal.model.tuning import SLOPES, SPREAD
+from universal.reading.graph import ComputationGraph, Logits
 from universal.reinforce import compare, evaluate, reinforcement
 from universal.reinforce import trials as reinforce_trials
 from universal.reinforce.__main__ import main
 from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
 from universal.reinforce.search import CovarianceSearch, WeightSearch, ranks
 from universal.reinforce.trials import draw_trials, try_candidate, with_tuning, written
-from universal.synthesizer import save_synthesizer
-from universal.tuning import SLOPES, SPREAD
+from universal.training.architectures import parameter_shapes
 
 NET = """
 from torch import nn

@@ -20,9 +20,18 @@ import evaluate_diffusion
 from diffusion_model import rollout
 from scripting import UserError
 from target_cnn import TargetCNN, checkpoint_path, flatten_weights, load_mnist, random_init, score
-from universal import GraphWeightSynthesizer, evaluate, load_synthesizer, responses, synthesize, train
-from universal.architectures import (
-    KINDS,
+from universal import GraphWeightSynthesizer, evaluate, load_synthesizer, train
+from universal import __main__ as synthesize
+from universal.evaluation.networks import EVALUATED, EVALUATED_SHAPES, VisionTransformer, cnn, mlp
+from universal.experiment.generators import load_generator
+from universal.model import algebra
+from universal.model.algebra import InverseSquareRoot, decorrelate
+from universal.model.description import cosines_of
+from universal.model.expert import NeuronRows, balance
+from universal.model.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
+from universal.reading.graph import ComputationGraph
+from universal.training.architectures import (
+    FAMILIES,
     Concatenation,
     Gain,
     Gate,
@@ -33,13 +42,6 @@ from universal.architectures import (
     draw_architecture,
     parameter_shapes,
 )
-from universal.conditioning import cosines_of
-from universal.expert import Table, balance
-from universal.flat import load_generator
-from universal.graph import ComputationGraph
-from universal.networks import EVALUATED, EVALUATED_SHAPES, VisionTransformer, cnn, mlp
-from universal.responses import InverseSquareRoot, decorrelate
-from universal.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
 PROBES = "experts.0.task.probes"
@@ -260,7 +262,7 @@ def test_drawn_architectures_can_be_read_and_cover_the_kinds():
     assert activations | norms | kinds | {f"kernel {n}" for n in (1, 3, 5, 7)} <= seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_single_kinds_are_drawn(kind):
     draw = random.Random(0)
     networks = [draw_architecture(draw, classes=10, kinds=[kind]) for _ in range(20)]
@@ -276,7 +278,7 @@ def test_single_kinds_are_drawn(kind):
 def test_the_sampler_never_returns_what_is_evaluated(monkeypatch):
     evaluated, allowed = mlp([200, 200]), mlp([21])
     draws = iter([evaluated, evaluated, allowed])
-    monkeypatch.setitem(KINDS, "mlp", (1, lambda draw, classes: next(draws)))
+    monkeypatch.setitem(FAMILIES, "mlp", (1, lambda draw, classes: next(draws)))
     assert draw_architecture(random.Random(0), 10, EVALUATED_SHAPES, kinds=["mlp"]) is allowed
 
 
@@ -413,9 +415,9 @@ def test_regressions_are_the_same_in_either_form():
     features = torch.randn(2, 30, 12, dtype=torch.float64, generator=generator)
     targets = torch.randn(2, 30, 4, dtype=torch.float64, generator=generator)
     ridge = torch.tensor([0.2], dtype=torch.float64)
-    few = responses.ridge_regression(features, targets, ridge)
+    few = algebra.ridge_regression(features, targets, ridge)
     wide = torch.cat([features, torch.zeros(2, 30, 40)], 2)  # which makes it the other form
-    many = responses.ridge_regression(wide, targets, ridge)
+    many = algebra.ridge_regression(wide, targets, ridge)
     torch.testing.assert_close(many[..., :12], few)
     strength = (0.2 + 1e-3) * features.square().sum(-1).mean(-1)[:, None, None]
     normal = features.mT @ features + strength * torch.eye(12)
@@ -470,12 +472,12 @@ def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(monkey
     largest.clear()
     wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), *CLASSES, nn.Linear(1024, 10))
     synthesizer.synthesize(wide, seed=0)
-    assert max(largest) <= responses.MOST_ROWS
+    assert max(largest) <= algebra.MOST_ROWS
 
 
 def test_a_sum_of_neurons_has_the_sum_of_their_rows():
     graph = ComputationGraph(nn.Sequential(nn.Conv2d(1, 3, 3), Sum(nn.Conv2d(3, 3, 1)), *CLASSES, nn.Linear(3, 10)))
-    table = Table(graph, torch.zeros(1, 2))
+    table = NeuronRows(graph, torch.zeros(1, 2))
     first, second = torch.randn(3, 2), torch.randn(3, 2)
     table.add(first)
     table.add(second)
@@ -1093,7 +1095,7 @@ def own_file(tmp_path, monkeypatch) -> Path:
 def test_synthesize_writes_weights_that_load(own_file):
     directory = own_file.parent
     result = command(
-        "-m", "universal.synthesize", "--model", f"{own_file}:Net", "--out", directory / "w.pth", "--count", 2,
+        "-m", "universal", "--model", f"{own_file}:Net", "--out", directory / "w.pth", "--count", 2,
         "--evaluate", "--validation", 1000, "--seed", 7, "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

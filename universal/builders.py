@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from scripting import UserError, in_short
-from universal.graph import place_of
+from universal.reading.refusals import place_of
 
 MODEL_HELP = (
     "what builds it: module:name or my_net.py:Net, with literal arguments if it needs some, as in Net(10, bias=False)"

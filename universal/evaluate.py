@@ -49,11 +49,11 @@ from target_cnn import (
     train_epoch,
     training_data,
 )
-from universal.flat import FlatSynthesizer
-from universal.generalization import error_overlap, mean_pairwise_overlap
-from universal.graph import ComputationGraph, in_fastest_layout
-from universal.networks import EVALUATED
-from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
+from universal.evaluation.networks import EVALUATED
+from universal.experiment.generators import FlatSynthesizer
+from universal.experiment.verdict import error_overlap, mean_pairwise_overlap
+from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
+from universal.reading.graph import ComputationGraph, in_fastest_layout
 
 STARTS = {"generated": "#0072B2", "random": "#D55E00"}  # colours of the two starts of training
 BATCH_SIZE, FIRST_STEPS = 128, 100  # of Adam

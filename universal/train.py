@@ -42,10 +42,9 @@ from scripting import (
     start_processes,
 )
 from target_cnn import Dataset, fast_bf16, score, scoring_data, training_data
-from universal.architectures import KINDS, draw_architecture
-from universal.graph import IMAGE_SIDE, ComputationGraph
-from universal.networks import EVALUATED, EVALUATED_SHAPES
-from universal.synthesizer import (
+from universal.evaluation.networks import EVALUATED, EVALUATED_SHAPES
+from universal.mnist import IMAGE_SIDE
+from universal.model.synthesizer import (
     MAKER,
     SYNTHESIZER,
     GraphWeightSynthesizer,
@@ -54,6 +53,8 @@ from universal.synthesizer import (
     save_synthesizer,
     with_added,
 )
+from universal.reading.graph import ComputationGraph
+from universal.training.architectures import FAMILIES, draw_architecture
 
 AVERAGE_DECAY = 0.995  # of the exponential moving average
 TASK_LEARNING_RATE = 5  # that of the probes, their labels and concepts, and of the router, relative to the networks'
@@ -78,7 +79,9 @@ def parse_options() -> argparse.Namespace:
         help="a synthesiser, or the state of a training, to train on from; of several, the experts of all of them "
         "(default: nothing)",
     )  # fmt: skip
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of networks (default: all)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="of networks (default: all)"
+    )
     parser.add_argument(
         "--pairs-from", type=number(float, 0, 1), default=0.25, metavar="SHARE",
         help="of the steps, after which networks with convolutions are written in pairs; 1: never",

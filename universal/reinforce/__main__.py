@@ -3,7 +3,7 @@
     python -m universal.reinforce --reward ternary --out ternary.pth
     python -m universal.reinforce --reward my_reward.py:reward --model my_net.py:Net --out mine.pth
 
-In every generation, candidates for a few numbers of the synthesiser (`universal.tuning`) write the same networks from
+In every generation, candidates for a few numbers of the synthesiser (`model/tuning.py`) write the same networks from
 the same unseen inits, and only the order of their rewards is learned from. Neither the reward nor a written network is
 ever differentiated. What is saved is a synthesiser like any other. Killed, the same command goes on bit for bit.
 
@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from scripting import add_data_options, add_training_options, option_parser, run_script, run_to_end, start_processes
 from universal.builders import MODEL_HELP
+from universal.model.synthesizer import load_synthesizer, save_synthesizer
 from universal.reinforce.reinforcement import Reinforcement, add_search_options
-from universal.synthesizer import load_synthesizer, save_synthesizer
 
 
 def parse_options() -> argparse.Namespace:

@@ -19,9 +19,11 @@ from torch import Tensor
 from scripting import (
     add_data_options,
     add_output_options,
+    new_figure,
     number,
     option_parser,
     run_script,
+    save_figure,
     save_json,
     table,
 )
@@ -34,13 +36,12 @@ from target_cnn import (
     scoring_data,
     training_data,
 )
-from universal.graph import Logits
-from universal.plots import new_figure, save_figure
+from universal.model.synthesizer import GraphWeightSynthesizer, load_synthesizer, random_weights
+from universal.reading.graph import Logits
 from universal.reinforce.reinforcement import Reinforcement, add_search_options
 from universal.reinforce.rewards import REWARDS, ROUNDINGS, score_after
 from universal.reinforce.search import WeightSearch
 from universal.reinforce.trials import graph_of, with_tuning, written
-from universal.synthesizer import GraphWeightSynthesizer, load_synthesizer, random_weights
 
 CURVE_INITS, CURVE_POINTS, CURVE_IMAGES = 3, 20, 1000  # of the curves, on training images that nothing was tuned on
 PAIRED, STEP, DEVIATION = 100, 0.1, 0.3  # candidates, learning rate, relative deviation of `evolve`

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from scripting import add_data_options, number, option_parser, run_script, table
 from target_cnn import CHECKPOINTS, Dataset, TargetCNN, find_runs, load_run, load_weights, scoring_data
-from universal.graph import Logits
-from universal.networks import EVALUATED
+from universal.evaluation.networks import EVALUATED
+from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
+from universal.reading.graph import Logits
 from universal.reinforce.rewards import ROUNDINGS, score_after
 from universal.reinforce.trials import graph_of, written
-from universal.synthesizer import SYNTHESIZER, load_synthesizer
 
 NETWORKS = ("TargetCNN", "half width", "double width")
 FULL = "full precision"

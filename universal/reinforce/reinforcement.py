@@ -13,11 +13,11 @@ from torch import Tensor
 from scripting import UserError, number, resume_training, save_training
 from target_cnn import TargetCNN, scoring_data, training_data
 from universal.builders import load_builder
+from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
+from universal.model.tuning import SPREAD
 from universal.reinforce.rewards import REWARDS, load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
-from universal.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
-from universal.tuning import SPREAD
 
 REPORTED_INITS = 3  # whose networks are scored in reports
 MAKER = "python -m universal.reinforce"

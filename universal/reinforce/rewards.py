@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from scripting import UserError, in_short
 from target_cnn import Dataset, Score, score
 from universal.builders import load_callable
-from universal.graph import Logits, place_of
+from universal.reading.graph import Logits
+from universal.reading.refusals import place_of
 
 BATCH_SIZE = 64  # images that a core computes at a time: few enough to stay in its cache
 

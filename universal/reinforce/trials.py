@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from target_cnn import Dataset
-from universal.architectures import draw_architecture
-from universal.graph import ComputationGraph, Logits, in_fastest_layout
-from universal.networks import EVALUATED_SHAPES
+from universal.evaluation.networks import EVALUATED_SHAPES
+from universal.model.synthesizer import GraphWeightSynthesizer, Unwritable
+from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 from universal.reinforce.rewards import Reward
-from universal.synthesizer import GraphWeightSynthesizer, Unwritable
+from universal.training.architectures import draw_architecture
 
 
 class Trial(NamedTuple):
@@ -52,7 +52,7 @@ def graph_of(network: nn.Module, data: Dataset) -> ComputationGraph:
 
 
 def with_tuning(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
-    """The same synthesiser with the numbers of `universal.tuning`, which change nothing yet if it had none."""
+    """The same synthesiser with the numbers of `universal.model.tuning`, which change nothing yet if it had none."""
     tunable = GraphWeightSynthesizer(**synthesizer.settings | {"tunable": True})
     tunable.load_state_dict(synthesizer.state_dict(), strict=synthesizer.settings["tunable"])
     tunable.seconds = dict(synthesizer.seconds)

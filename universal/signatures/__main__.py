@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripting import UserError, option_parser, output_file, run_script, save_json, table
-from universal.plots import new_figure, save_figure
+from scripting import UserError, new_figure, option_parser, output_file, run_script, save_figure, save_json, table
 from universal.signatures.files import OUTPUTS_FIRST, NoWeights, files_below, read_weights
 from universal.signatures.scorer import SCORER, Scorer, load_scorer
 from universal.signatures.statistics import alignment, bulk, matrix_of, normalised, signature

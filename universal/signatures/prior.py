@@ -18,11 +18,20 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor, nn
 
-from scripting import add_data_options, add_output_options, number, option_parser, run_script, save_json, table
+from scripting import (
+    add_data_options,
+    add_output_options,
+    new_figure,
+    number,
+    option_parser,
+    run_script,
+    save_figure,
+    save_json,
+    table,
+)
 from target_cnn import Dataset, TargetCNN, fast_bf16, scoring_data, train_epoch, training_data
 from target_cnn import score as accuracy_of
-from universal.networks import conv, mlp
-from universal.plots import new_figure, save_figure
+from universal.evaluation.networks import conv, mlp
 from universal.signatures.denoising import (
     CLASSICAL,
     EVALUATED_SIGMAS,

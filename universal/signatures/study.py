@@ -16,17 +16,26 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from scripting import add_data_options, add_output_options, number, option_parser, run_script, save_json, table
+from scripting import (
+    add_data_options,
+    add_output_options,
+    new_figure,
+    number,
+    option_parser,
+    run_script,
+    save_figure,
+    save_json,
+    table,
+)
 from target_cnn import Dataset, scoring_data, training_data
 from target_cnn import score as accuracy_of
-from universal.networks import EVALUATED
-from universal.plots import new_figure, save_figure
+from universal.evaluation.networks import EVALUATED
+from universal.model.synthesizer import load_synthesizer
 from universal.signatures.detection import TABLE, Table, areas_of, held_out_logits, load_table, trained_scorer
 from universal.signatures.nulls import UNTRAINED
 from universal.signatures.scorer import load_scorer
 from universal.signatures.statistics import SCORED
 from universal.signatures.trials import network_score, trained_networks
-from universal.synthesizer import load_synthesizer
 
 SIZES = [100, 300, 1000, 3000, 10_000, 60_000]  # training images
 # What others have used alone, larger for trained matrices: heavy tails (Martin and Mahoney 2021), and spikes.

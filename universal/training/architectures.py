@@ -7,13 +7,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from universal.graph import IMAGE_CHANNELS, IMAGE_SIDE
+from universal.mnist import IMAGE_CHANNELS, IMAGE_SIDE
 
 MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_DEEP_MULTIPLICATIONS = 16e6  # of one of many layers
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
 
-# What is drawn how often; kinds of networks, `KINDS`, stand beside what draws them.
+# What is drawn how often; kinds of networks, `FAMILIES`, stand beside what draws them.
 ORDINARY_STAGES = {"plain": 20, "residual": 4}
 ACTIVATIONS = {
     nn.ReLU: 30, nn.GELU: 3, nn.SiLU: 2, nn.LeakyReLU: 2, nn.ELU: 2, nn.SELU: 1, nn.Tanh: 5, nn.Sigmoid: 1,
@@ -243,20 +243,20 @@ def draw_rows(draw: random.Random, classes: int) -> nn.Module:
 
 
 # How often networks of each kind are drawn, and what draws them.
-KINDS = {
+FAMILIES = {
     "ordinary": (5.6, draw_ordinary), "convolutions": (8.4, draw_convolutional), "mlp": (4.5, draw_mlp),
     "tokens": (3.5, draw_tokens), "deep": (5, draw_deep), "rows": (1, draw_rows),
 }  # fmt: skip
 
 
 def draw_architecture(
-    draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = (), kinds: Iterable[str] = KINDS
+    draw: random.Random, classes: int, refused: list[list[tuple[int, ...]]] = (), kinds: Iterable[str] = FAMILIES
 ) -> nn.Module:
     """A random network of one of these `kinds`, whose parameters have none of the `refused` lists of shapes.
 
     Its weights are PyTorch's default init, from the global generator of torch.
     """
-    makers = {make: share for share, make in (KINDS[kind] for kind in kinds)}
+    makers = {make: share for share, make in (FAMILIES[kind] for kind in kinds)}
     while True:
         network = drawn(draw, makers)(draw, classes)
         if network is not None and parameter_shapes(network) not in refused:

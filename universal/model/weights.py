@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.calls import Layer
-from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions
-from universal.responses import decorrelate, per_probe, ridge_regression, unit_responses, unit_rms
-from universal.task import Task
-from universal.tuning import Tuning
+from universal.model.algebra import decorrelate, per_probe, ridge_regression, unit_responses, unit_rms
+from universal.model.description import AcrossNeurons, ConditionedMLP, PositionFunctions
+from universal.model.task import Task
+from universal.model.tuning import Tuning
+from universal.reading.calls import Layer
 
 POSITIONS = 3  # along each side of the maps, at which regressions look at what a convolution reads
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from target_cnn import TargetCNN
-from universal.architectures import ResidualBlock, parameter_shapes
-from universal.graph import IMAGE_SIDE
+from universal.mnist import IMAGE_SIDE
+from universal.training.architectures import ResidualBlock, parameter_shapes
 
 
 def mlp(hidden: list[int], activation: type[nn.Module] = nn.ReLU) -> nn.Module:

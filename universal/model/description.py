@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.calls import ACTIVATION_POINTS, Layer
-from universal.graph import ComputationGraph
+from universal.reading.calls import ACTIVATION_POINTS, Layer
+from universal.reading.graph import ComputationGraph
 
 FREQUENCIES = 7  # cosines along each side of a kernel or a map
 

@@ -14,22 +14,22 @@ All that happens while a layer is brought to scale, so what is written next know
 import torch
 from torch import Tensor, nn
 
-from universal.calls import Layer
+from universal.reading.calls import Layer
 
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # magnitudes, in means over the neuron, where the slope may change
 SLOPES = [f"slope_from_{knot}" for knot in KNOTS]
 SPREAD = ["evenness", "relevance", *SLOPES]
-KINDS = ("every layer", "convolutions", "the first layer", "the last layer")  # whose offsets add up
+LAYER_KINDS = ("every layer", "convolutions", "the first layer", "the last layer")  # whose offsets add up
 
 
 class Tuning(nn.Module):
-    """`offsets` [numbers, KINDS] of the logarithms of the `scalars`, of evenness and relevance, and of the logarithms
-    of the compander's slopes. At zero, nothing changes."""
+    """`offsets` [numbers, LAYER_KINDS] of the logarithms of the `scalars`, of evenness and relevance, and of the
+    logarithms of the compander's slopes. At zero, nothing changes."""
 
     def __init__(self, scalars: list[str]):
         super().__init__()
         self.names = [*scalars, *SPREAD]
-        self.offsets = nn.Parameter(torch.zeros(len(self.names), len(KINDS)))
+        self.offsets = nn.Parameter(torch.zeros(len(self.names), len(LAYER_KINDS)))
 
     def offset(self, name: str, layer: Layer) -> Tensor:
         """What is added to a number or its logarithm, for a layer, []."""
@@ -62,5 +62,5 @@ class Tuning(nn.Module):
         return (sizes.log().mean().exp() / sizes) ** self.offset("evenness", layer)
 
     def kinds(self, layer: Layer) -> Tensor:
-        """Which of KINDS a layer is of, as numbers."""
+        """Which of LAYER_KINDS a layer is of, as numbers."""
         return self.offsets.new_tensor([True, layer.is_convolution, layer.depth == 0, layer.last])

@@ -2,7 +2,7 @@
 
 Design document, sections 4.1.1 and 4.1.3. It is a mixture of experts that are merged softly (Muqeet et al. 2023, arXiv
 2306.03745): a router says from the layers of a network how much of each expert's parameters it gets, and the one expert
-that these make writes the network (`universal.expert`).
+that these make writes the network (`universal.model.expert`).
 """
 
 import math
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scripting import UserError, load_file, save_tensors
-from universal.conditioning import DESCRIPTION, describe
-from universal.expert import Expert
-from universal.graph import ComputationGraph
-from universal.task import Task
-from universal.tuning import Tuning
-from universal.writing import TUNABLE
+from universal.model.description import DESCRIPTION, describe
+from universal.model.expert import Expert
+from universal.model.task import Task
+from universal.model.tuning import Tuning
+from universal.model.weights import TUNABLE
+from universal.reading.graph import ComputationGraph
 
-SYNTHESIZER = Path(__file__).resolve().parent / "synthesizer.pth"
+SYNTHESIZER = Path(__file__).resolve().parents[1] / "synthesizer.pth"
 MAKER = "python -m universal.train"
 LEAST_SHARE = 1e-3  # of an expert, to be worth its time
 ADDED = {"gain_scale", "seen", "patch_share", "patch_ridge"}  # parameters that version 7 did not have
@@ -50,7 +50,7 @@ class GraphWeightSynthesizer(nn.Module):
     where each costs more, only see the first `convolution_probes`; `classes` is the most that a network may have,
     `dimension` the size of a neuron's embedding, `concepts` that of the space in which hidden linear neurons get their
     targets, `rank` the number of mixed position functions in a kernel, `hidden` the width of every MLP; `tunable` gives
-    it the numbers of `universal.tuning`.
+    it the numbers of `universal.model.tuning`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class GraphWeightSynthesizer(nn.Module):
         """Write the weights of `module` in place, in `steps` generative steps; which they are, and which are not.
 
         They are made from the weights that it has, or with `seed` from a fresh random init. Raises ValueError if the
-        module cannot be read (`universal.graph.ComputationGraph`), has too many classes, holds NaN or makes NaN of the
+        module cannot be read (`ComputationGraph`), has too many classes, holds NaN or makes NaN of the
         probes.
         """
         return self.fill(ComputationGraph(module), seed, steps)

@@ -2,8 +2,8 @@
 
 Design document, sections 4.1.1 and 4.1.3. A network is written from the images to the classes, inside its own forward
 pass on a few learned images, the probes of its task: so every layer knows what reaches it. What a neuron is to those
-that read it is its key. `universal.reading` reads neurons, `universal.writing` writes weights; permuted neurons are
-written permuted. What the random weights of the first layer sum up to, over its neurons, makes the network's variant,
+that read it is its key. `neurons.py` reads neurons, `weights.py` writes weights; permuted neurons are written
+permuted. What the random weights of the first layer sum up to, over its neurons, makes the network's variant,
 which all its layers know.
 """
 
@@ -13,19 +13,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.calls import Call, Gain, Layer, Norm, Shift
-from universal.conditioning import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, cosines_at, describe, mlp
-from universal.graph import IMAGE_CHANNELS, ComputationGraph
-from universal.reading import Reader
-from universal.responses import per_probe, ridge_regression, unit_rms
-from universal.task import Task
-from universal.tuning import Tuning
-from universal.writing import Writer
+from universal.mnist import IMAGE_CHANNELS
+from universal.model.algebra import per_probe, ridge_regression, unit_rms
+from universal.model.description import (
+    DESCRIPTION,
+    FREQUENCIES,
+    AcrossNeurons,
+    ConditionedMLP,
+    cosines_at,
+    describe,
+    mlp,
+)
+from universal.model.neurons import Reader
+from universal.model.task import Task
+from universal.model.tuning import Tuning
+from universal.model.weights import Writer
+from universal.reading.calls import Call, Gain, Layer, Norm, Shift
+from universal.reading.graph import ComputationGraph
 
 LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
 
 
-class Table:
+class NeuronRows:
     """A row for each neuron that activations are of, in the order of their numbers.
 
     It starts with that of none, zeros, and those of the images' channels. The row of a sum of neurons is the sum of
@@ -99,8 +108,8 @@ class Expert(nn.Module):
             )
         written: dict[str, Tensor] = {}
         images = self.image_keys[: graph.image_channels]
-        keys = Table(graph, images)
-        means = Table(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
+        keys = NeuronRows(graph, images)
+        means = NeuronRows(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
         variant: Tensor | None = None
         probes = task.probes[: self.convolution_probes if graph.convolutional else None]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.graph import IMAGE_SIDE
+from universal.mnist import IMAGE_SIDE
 
 
 class Task(nn.Module):

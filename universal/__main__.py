@@ -1,8 +1,8 @@
 """Write the weights of any network with the universal synthesiser.
 
-    python -m universal.synthesize --model target_cnn:TargetCNN --out weights.pth
-    python -m universal.synthesize --model my_net.py:Net --out weights.pth --count 5 --evaluate
-    python -m universal.synthesize --model 'torchvision.models:resnet18(num_classes=10)' --out weights.pth
+    python -m universal --model target_cnn:TargetCNN --out weights.pth
+    python -m universal --model my_net.py:Net --out weights.pth --count 5 --evaluate
+    python -m universal --model 'torchvision.models:resnet18(num_classes=10)' --out weights.pth
 
 saves a `state_dict` that the network loads as it is, and names what it leaves at its init. With --count 5 it saves
 weights_1.pth to weights_5.pth, from the seeds SEED to SEED + 4.
@@ -27,8 +27,8 @@ from scripting import (
 )
 from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
-from universal.graph import ComputationGraph, Logits
-from universal.synthesizer import SYNTHESIZER, load_synthesizer
+from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
+from universal.reading.graph import ComputationGraph, Logits
 
 
 def parse_options() -> argparse.Namespace:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from universal.calls import CONTRACTIONS, Part, is_float
+from universal.reading.calls import CONTRACTIONS, Part, is_float
 
 
 class Numbers(NamedTuple):

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.calls import Layer
-from universal.conditioning import AcrossNeurons, ConditionedMLP, PositionFunctions, mlp
+from universal.model.description import AcrossNeurons, ConditionedMLP, PositionFunctions, mlp
+from universal.reading.calls import Layer
 
 
 class Reader(nn.Module):

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from scripting import save_file
+from scripting import new_figure, save_figure
 from target_cnn import Score
 
 if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.figure import SubFigure
 
 FILTERS_A_ROW = 8
 PIXELS = 3  # a side of one weight; between filters lie 2
@@ -33,7 +33,7 @@ def plot_evaluation(
 ) -> None:
     """Save the two panels of `plot_comparison`, one of the error overlaps, and below them the filters of conv1.
 
-    `networks` are those of `universal.generalization.assess`; `weights` are the networks to look at, by title.
+    `networks` are those of `universal.experiment.verdict.assess`; `weights` are the networks to look at, by title.
     """
     figure = new_figure(18, 7.2)
     upper, lower = figure.subfigures(2, 1, height_ratios=(4.8, 2.4))
@@ -42,18 +42,6 @@ def plot_evaluation(
     draw_overlaps(panels[2], networks)
     draw_filters(lower, weights)
     save_figure(figure, path)
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of this size in inches, which no window shows."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure: "Figure", path: Path) -> None:
-    """Save a figure in the format of the suffix of `path`. Raises UserError if it cannot be written."""
-    save_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
 
 
 def draw_scores(panels: "list[Axes]", generated: list[Score], original: list[Score]) -> None:

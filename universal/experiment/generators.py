@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from diffusion_model import load_diffusion
 from scripting import load_file
 from target_cnn import TargetCNN
-from universal.graph import ComputationGraph
-from universal.synthesizer import GraphWeightSynthesizer, is_synthesizer, load_synthesizer
+from universal.model.synthesizer import GraphWeightSynthesizer, is_synthesizer, load_synthesizer
+from universal.reading.graph import ComputationGraph
 
 
 def load_generator(path: Path, dimension: int, device: torch.device) -> nn.Module:

@@ -1,0 +1,1 @@
+"""What the experiment at the top level asks beyond the design document: the verdict, its generators, pictures."""

@@ -1,0 +1,1 @@
+"""The model: what writes the weights of a graph's layers."""

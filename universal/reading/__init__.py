@@ -1,0 +1,1 @@
+"""Reading: any module as a graph of layers, as its own forward pass shows it."""

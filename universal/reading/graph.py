@@ -1,0 +1,256 @@
+"""Any module as a graph of layers: its own forward pass tells which there are, which neurons each reads, what follows.
+
+Design document, section 4.1.1. Nobody describes an architecture by hand, and nothing is re-enacted: the module runs as
+its author wrote it, under a mode that sees every call of a torch function (`calls.py`). What takes weights is a
+layer, a norm, a shift or a gain; what else runs, known or unknown, is followed (`following.py`). A second run of
+the same kind, on the probes of a generator, writes each layer inside its own call, from the activations that reach it,
+which are already those of the written layers before it.
+"""
+
+import contextlib
+import functools
+import itertools
+import math
+import sys
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from scripting import in_short
+from universal.mnist import IMAGE_FORMATS, IMAGE_SIDE
+from universal.reading.calls import Call, Calls, Kind, Layer, Part, is_float
+from universal.reading.reading import Reading, logits_of
+from universal.reading.refusals import Refused, place_of
+
+
+class ComputationGraph:
+    """The layers and norms of a module that classifies images of 28 x 28 pixels as logits [N, classes].
+
+    `layers` and `norms` are in order of computation; `neurons` are those that they read; `format` is one of
+    IMAGE_FORMATS. `written` and `left` are the names of the parameters and buffers that a generator writes, and of
+    those that it does not; those of which it writes a part are both. `count` is how many numbers it writes. Raises
+    ValueError, naming the call and the line of the user's code, for what cannot be read. The module stays as it is, but
+    that lazy parameters are initialised.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = unwrapped(module)
+        with still(self.module), torch.no_grad():
+            if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.module.parameters()):
+                self._try_formats(lambda images, _: self.module(images))
+            reading = self._try_formats(self._read)
+        self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
+        self.neurons, self.classes, self._calls = reading.follower.neurons, reading.last.shape[0], reading.calls
+        counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms)
+        self.counters = [name for name in counters if name in self.state()]
+        parts = [part for call in (*self.layers, *self.norms, *self.shifts) for part in call.parts]
+        parts += map(Part, self.counters)
+        self.written = list(dict.fromkeys(part.name for part in parts))
+        sizes = {name: tensor.numel() for name, tensor in self.state().items()}
+        counts = {name: sizes[name] for name in self.written}
+        for name in {part.name for part in parts if part.index is not None}:
+            counts[name] = len(torch.cat([part.elements(sizes[name]) for part in parts if part.name == name]).unique())
+        self.left = [name for name, size in sizes.items() if counts.get(name, 0) < size]
+        self.count = sum(counts.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The module's parameters and buffers, by name."""
+        return dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+
+    def with_tied(self, names: list[str]) -> list[str]:
+        """`names`, and all others that the module has for the same tensors."""
+        chosen = {id(tensor) for name, tensor in self.state().items() if name in names}
+        every = itertools.chain(
+            self.module.named_parameters(remove_duplicate=False), self.module.named_buffers(remove_duplicate=False)
+        )
+        return names + [name for name, tensor in every if id(tensor) in chosen and name not in names]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The module's own parameters and buffers of floating point, by name, as float32."""
+        return {name: tensor.detach().float() for name, tensor in self.state().items() if is_float(tensor)}
+
+    def run(self, images: Tensor, weights: dict[str, Tensor], batch_statistics: bool = False) -> Tensor:
+        """The logits [N, classes] of images [N, 1, 28, 28], with these weights; others are the module's own.
+
+        With `batch_statistics` norms use those of the images, as in training, in the place of their running ones.
+        """
+        weights = self._own(images, but=weights) | weights
+        return self._forward(images, weights, lambda call, inputs: call.of(weights, inputs, batch_statistics))
+
+    def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
+        """The logits of images [N, 1, 28, 28], while the weights are written.
+
+        `write(call, inputs)` returns the outputs, and puts into `written` what it writes. It is called
+        once for each, where it is first used.
+        """
+        done: list[Call] = []
+
+        def compute(call: Call, inputs: Tensor) -> Tensor:
+            if any(call is other for other in done):
+                return call.of(written, inputs)
+            done.append(call)
+            return write(call, inputs)
+
+        return self._forward(images, self._own(images), compute)
+
+    def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
+        """The logits of images [N, 1, 28, 28], each layer and norm computed by `compute(layer or norm, inputs)`."""
+        calls = iter(self._calls)
+        names = {id(tensor): name for name, tensor in weights.items()}
+        another_way = ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
+
+        def call(kind: Kind, function: Callable, args: tuple, kwargs: dict):
+            expected, found = next(calls, (None, None))
+            if expected is not function:
+                raise another_way
+            if found is None:
+                return function(*args, **kwargs)
+            given = kind.bind(args, kwargs)
+            inputs = given["input"]
+            if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
+                raise another_way
+            if kind.by_element and inputs is weights.get(found.part.name):
+                inputs = given["other"]
+            return compute(found, inputs)
+
+        with still(self.module), Calls(call):
+            logits = logits_of(functional_call(self.module, weights, self.format(images)))
+        if next(calls, None) is not None:
+            raise another_way
+        return logits
+
+    def _own(self, images: Tensor, but: Collection[str] = ()) -> dict[str, Tensor]:
+        """Copies, which the module may change, of its parameters and buffers, those of floating point as the images
+        are, `but` some."""
+        return {
+            name: tensor.detach().to(images.device, images.dtype if is_float(tensor) else None, copy=True)
+            for name, tensor in self.state().items()
+            if name not in but
+        }
+
+    def _try_formats(self, run: Callable):
+        """What `run(images, reading)` returns for images of the first of IMAGE_FORMATS that the module takes."""
+        images = noise(2)
+        failures = []
+        for name, self.format in IMAGE_FORMATS.items():
+            reading = Reading()
+            try:
+                return run(self.format(images), reading)
+            except Refused:
+                raise
+            except Exception as error:  # the module's own code may raise anything
+                failures.append((len(reading.calls), f"of {name} it says {in_short(error)}{place_of(error)}"))
+        _, furthest = max(failures, key=lambda failure: failure[0])
+        raise ValueError(
+            f"{type(self.module).__name__} takes no images of the shapes {', '.join(IMAGE_FORMATS)}; {furthest}"
+        )
+
+    def _read(self, images: Tensor, reading: "Reading") -> "Reading":
+        """Find the layers, the norms and the classes in a forward pass on `images`, on the CPU."""
+        state = self._own(torch.zeros((), dtype=torch.float32))
+        self.image_channels = images.shape[1] if images.dim() == 4 else 1
+        reading.start(images, self.image_channels, state, self.state(), {*dict(self.module.named_buffers())})
+        with Calls(reading.call, reading.follow):
+            output = functional_call(self.module, state, images)
+        reading.finish(output, type(self.module).__name__)
+        return reading
+
+    @property
+    def convolutional(self) -> bool:
+        return any(layer.is_convolution for layer in self.layers)
+
+    @functools.cached_property
+    def is_rescalable(self) -> bool:
+        """Whether it is a chain of layers that can be `rescaled` against each other, as tried with random weights."""
+        if self.norms or not all(layer.sources == {layer.index - 1} for layer in self.layers):
+            return False
+        generator = torch.Generator().manual_seed(0)
+        written = {name: tensor for name, tensor in self.weights().items() if name in self.written}
+        device = next(iter(written.values())).device
+        weights = {}
+        for name, tensor in written.items():
+            values = torch.randn(tensor.shape, dtype=torch.float32, generator=generator)
+            weights[name] = (values / math.sqrt(max(1, values[0].numel()))).to(device)
+        factors = torch.linspace(2, -2, len(self.layers)).exp()
+        with torch.no_grad():
+            images = noise(2).to(device)
+            before, after = (self.run(images, some) for some in (weights, self.rescaled(weights, factors)))
+        return torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
+
+    def rescaled(self, weights: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
+        """`weights` with those of each layer times its factor, and its biases times all factors so far.
+
+        In a chain of layers that give twice as much when they are given twice as much, and with `factors`, [layers],
+        whose product is 1, this changes nothing about what is computed.
+        """
+        scaled = {}
+        for layer, factor, gain in zip(self.layers, factors, factors.cumprod(0), strict=True):
+            scaled[layer.weight.name] = weights[layer.weight.name] * factor
+            if layer.bias:
+                scaled[layer.bias.name] = weights[layer.bias.name] * gain
+        return weights | scaled
+
+
+class Logits(nn.Module):
+    """A graph's network, or a copy of it, for images [N, 1, 28, 28], whatever it takes and returns: -> logits."""
+
+    def __init__(self, graph: ComputationGraph, module: nn.Module | None = None):
+        super().__init__()
+        self.module, self.format = graph.module if module is None else module, graph.format
+
+    def forward(self, images: Tensor) -> Tensor:
+        return logits_of(self.module(self.format(images)))
+
+
+def in_fastest_layout(network: nn.Module, images: Tensor) -> nn.Module:
+    """`network` with channels last, in place, unless it then cannot run: views of maps may need the other layout."""
+    network.to(memory_format=torch.channels_last).eval()
+    try:
+        with torch.no_grad():
+            network(images)
+    except RuntimeError:
+        network.to(memory_format=torch.contiguous_format)
+    return network
+
+
+def noise(count: int) -> Tensor:
+    """So many images of noise, [count, 1, 28, 28], always the same."""
+    shape = (count, 1, IMAGE_SIDE, IMAGE_SIDE)
+    return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network within the wrappers of `torch.compile`, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif hasattr(module, "_orig_mod"):
+            module = module._orig_mod
+        else:
+            return module
+
+
+@contextlib.contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and PyTorch's state
+    of random numbers, as they are. What the module draws is the same every time."""
+    modes = [(part, part.training) for part in module.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer would hide its parts
+    try:
+        module.eval()
+        with torch.random.fork_rng(devices=[]), uncompiled():
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def uncompiled() -> contextlib.AbstractContextManager:
+    """What `torch.compile` has wrapped runs as it was written: its compiler would trace what sees the calls."""
+    loaded = "torch._dynamo" in sys.modules  # which takes seconds
+    return torch.compiler.set_stance("force_eager") if loaded else contextlib.nullcontext()
