@@ -34,7 +34,8 @@ from target_cnn import (
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
 SCRIPTS_IN = {
-    ".": "", "universal": "universal.", "universal/reinforce": "universal.reinforce.", "universal/signatures": "universal.signatures.", "tests": ""
+    ".": "", "universal": "universal.", "universal/reinforce": "universal.reinforce.",
+    "universal/signatures": "universal.signatures.", "tests": "",
 }  # fmt: skip
 COMMANDS = [  # the module names of all files that can be run; pytest imports from tests/ itself
     f"{package}{path.stem}"
