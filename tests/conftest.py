@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train_target_model
 from scripting import UserError
-from target_cnn import training_data
+from target_cnn import Dataset, load_mnist, training_data
+from universal import GraphWeightSynthesizer, load_synthesizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -19,6 +21,18 @@ def run(script: str, *options, cwd: Path, **settings) -> subprocess.CompletedPro
     """Run a script of the repository in `cwd`, as a user would, on the CPU."""
     command = [sys.executable, REPOSITORY / script, *map(str, options), "--device", "cpu"]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=170, **settings)
+
+
+def command(*arguments, launcher: tuple = (), **settings) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)], cwd=REPOSITORY, capture_output=True, text=True, timeout=170,
+        **settings,
+    )  # fmt: skip
+
+
+def small_synthesizer(seed: int, **settings) -> GraphWeightSynthesizer:
+    torch.manual_seed(seed)
+    return GraphWeightSynthesizer(**{"probes": 20, "convolution_probes": 20, "hidden": 64} | settings).eval()
 
 
 def assert_png(path, width: int, height: int) -> None:
@@ -64,3 +78,15 @@ def experiment(tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stderr
     (directory / "train_diffusion.py.out").write_text(result.stdout)
     return directory
+
+
+@pytest.fixture(scope="session")
+def synthesizer() -> GraphWeightSynthesizer:
+    """The committed synthesiser. Not to be changed."""
+    return load_synthesizer()
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    """The first 2,000 test images."""
+    return load_mnist("test", REPOSITORY / "data")[:2000]

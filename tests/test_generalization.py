@@ -1,20 +1,27 @@
 """The measures of generalisation and the verdict, on cases where the answer is known by construction."""
 
+import re
+import sys
+
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, run
 
+import evaluate_diffusion
 from diffusion_model import rollout
 from target_cnn import (
     Dataset,
     TargetCNN,
+    checkpoint_path,
     flatten_weights,
     load_mnist,
     load_run,
     load_weights,
+    random_init,
     score_weights,
     train_epoch,
 )
+from universal.experiment.generators import load_generator
 from universal.experiment.verdict import (
     INTERPOLATES,
     NEW_NETWORKS,
@@ -34,6 +41,7 @@ from universal.experiment.verdict import (
     report,
     starting_points,
 )
+from universal.model.synthesizer import SYNTHESIZER
 
 
 @pytest.fixture(scope="module")
@@ -201,3 +209,33 @@ def test_the_cost_breaks_even_where_generating_has_become_cheaper():
     assert beyond["seconds_to_train"] == 6 and not beyond["accuracy_reached"]
     unknown = cost({}, 0.5, None, accuracy_percent=99.0)
     assert unknown["seconds_to_train"] is unknown["cheaper_from_networks"] is None
+
+
+def test_it_takes_the_diffusion_model_s_place(synthesizer):
+    generator = load_generator(SYNTHESIZER, 421_642, torch.device("cpu"))
+    inits = torch.stack([random_init(seed) for seed in (1, 2)])
+    states = rollout(generator, inits, 2)
+    assert states.shape == (3, 2, 421_642)
+    torch.manual_seed(2)
+    torch.testing.assert_close(states[1, 1], flatten_weights(synthesizer.synthesize(TargetCNN())))
+
+
+def test_evaluate_generalization_finds_new_networks(experiment, tmp_path):
+    result = run(
+        "evaluate_generalization.py", "--model", SYNTHESIZER, "--checkpoints", experiment / "checkpoints_weights_cnn",
+        "--inits", 2, "--steps", 1, "--reference-epochs", 0, "--validation", 4000, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "Verdict: generates new networks" in result.stdout
+
+
+def test_evaluate_diffusion_takes_the_synthesiser(tmp_path, monkeypatch, capsys, digits):
+    for epoch in (0, 1):
+        torch.save(TargetCNN().state_dict(), checkpoint_path(tmp_path, epoch))
+    options = ["--model", SYNTHESIZER, "--checkpoints", tmp_path, "--plot", tmp_path / "plot.png"]
+    options += ["--steps", 1, "--device", "cpu"]
+    monkeypatch.setattr(evaluate_diffusion, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(sys, "argv", ["evaluate_diffusion.py", *map(str, options)])
+    evaluate_diffusion.main()
+    assert float(re.search(r"\| 1 +\| ([\d.]+)% +\| [\d.]+% +\|", capsys.readouterr().out)[1]) > 97
+    assert (tmp_path / "plot.png").exists()
