@@ -1,6 +1,7 @@
 """What a forward pass shows of a module: its layers, norms, gains and shifts, and which neurons each reads."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from universal.reading.calls import (
     name_of,
 )
 from universal.reading.following import Follower, Numbers
-from universal.reading.geometry import image_numbers, middles, per_side, read_channels, read_features, where_it_lies
+from universal.reading.geometry import middles, per_side, read_channels, read_features, side_of, where_it_lies
+from universal.reading.inputs import InputFormat
 from universal.reading.refusals import Refused, place_of
 
 
@@ -37,14 +39,21 @@ class Reading:
         self.last: Layer | None = None
 
     def start(
-        self, images: Tensor, channels: int, parameters: dict[str, Tensor], originals: dict[str, Tensor],
-        buffers: set[str],
+        self, inputs: Tensor, format: InputFormat, axes: str, parameters: dict[str, Tensor],
+        originals: dict[str, Tensor], buffers: set[str],
     ) -> None:  # fmt: skip
-        """Follow `images` of so many channels through a pass with these `parameters`, copies of the `originals`, some
-        of them `buffers`."""
+        """Follow `inputs` of this format, whose axes are `axes`, through a pass with these `parameters`, copies of the
+        `originals`, some of them `buffers`."""
         self.buffers = buffers
         self.follower = Follower(parameters, originals)
-        self.follower.number(images, image_numbers(images, self.follower.neurons.add(channels)))
+        self.channels = format.size("C", axes)
+        self.follower.number(inputs, format.numbers(inputs, axes, self.follower.neurons.add(self.channels)))
+
+    @property
+    def tells_channels_apart(self) -> bool:
+        """Whether what each layer reads of the inputs is a channel of them, not a mixture or a part of one."""
+        readers = [layer for layer in self.layers if -1 in layer.sources]
+        return all(layer.places is None and layer.channels.shape[1] == 1 for layer in readers)
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
         """Follow a call without weights; refuse one that takes weights that are not its to be written."""
@@ -147,7 +156,7 @@ class Reading:
         neurons, shape = self.follower.neurons, tuple(given["weight"].shape)
         if kind.is_convolution:
             channels, places, grid, order = read_channels(numbers)
-            side, resolution = given["input"].shape[-1], result.shape[-1]
+            side, resolution = side_of(given["input"].shape[2:]), side_of(result.shape[2:])
         else:
             channels, places, grid, order = read_features(numbers)
             side, resolution = 1, result.numel() // result.shape[-1] // 2  # tokens of each of the two images
@@ -203,6 +212,9 @@ class Reading:
             raise Refused(
                 f"{name_of(function)}: its {next(n for n in parts if not parts[n])} is no parameter{place_of()}"
             )
+        affine = [parts[name] for name in ("weight", "bias") if name in parts]
+        frozen = bool(affine) and all(part.frozen for part in affine)  # then so are its statistics
+        parts |= {name: replace(parts[name], frozen=frozen) for name in STATISTICS if name in parts}
         axis = 1 if kind.axis == 1 else -len(given["normalized_shape"])
         codes = numbers.codes.movedim(axis, 0).flatten(1)[:, 0]
         settings = {name: value for name, value in given.items() if name not in {"input", *tensors}}
