@@ -9,7 +9,7 @@ IMAGE_SIDE = 28  # pixels
 IMAGE_CHANNELS = (1, 3)
 IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)
 MAP = (IMAGE_SIDE, IMAGE_SIDE)
-# What a network may take: [N, 1, 28, 28], [N, 3, 28, 28], [N, 28, 28] or [N, 784], in the order in which they are tried.
+# A network may take [N, 1, 28, 28], [N, 3, 28, 28], [N, 28, 28] or [N, 784], which are tried in this order.
 IMAGE_FORMATS = (
     InputFormat(("NCYX",), (1, *MAP)),
     InputFormat(("NCYX",), (3, *MAP), lambda images: images.expand(-1, 3, -1, -1)),
