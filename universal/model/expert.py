@@ -32,6 +32,7 @@ from universal.model.weights import Writer
 from universal.reading.calls import Call, Gain, Layer, Norm, Shift
 from universal.reading.graph import ComputationGraph
 
+MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
 LEARNED_CHANNELS = 3  # of inputs, whose keys are learned; what further ones, of tables and signals, are is only random
 LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
 
@@ -153,8 +154,11 @@ class Expert(nn.Module):
                 weight, bias, responses = with_frozen(layer, inputs, weights, mean, *new)
                 key = self.key(neurons, about)
                 if self.seen.weight.requires_grad or self.seen.weight.any():
-                    key = key + self.seen(seen_by(layer, responses, len(probes), task))
-                keys.add(self.key_norm(key))
+                    key = key + self.seen(seen_by(layer, new[2], len(probes), task))
+                key = self.key_norm(key)
+                if layer.weight.frozen:
+                    key = self.key_norm(mixtures_like(layer, new[2], responses) @ key)
+                keys.add(key)
             layer.weight.put(written, weight, weights)
             if layer.bias:
                 layer.bias.put(written, bias, weights)
@@ -230,6 +234,16 @@ def with_frozen(
             bias = mean * rows.std(0, correction=0) - rows.mean(0)
     bias = bias if layer.bias else None
     return weight, bias, layer(inputs, weight, bias)
+
+
+def mixtures_like(layer: Layer, written: Tensor, own: Tensor) -> Tensor:
+    """The mixtures of a layer's neurons as `written` that respond to the probes as its `own`, frozen ones, do,
+    [neurons, neurons]. As keys say what neurons are written, those of frozen ones are mixtures of them."""
+    rows = [F.relu(responses.movedim(layer.axis, -1).flatten(0, -2)) for responses in (written, own)]
+    every = -(-len(rows[0]) // MOST_RESPONSES)
+    features, targets = (some[::every] - some.mean(0) for some in rows)
+    features, targets = (some * torch.rsqrt(some.square().mean(0) + 1e-6) for some in (features, targets))
+    return ridge_regression(features, targets, features.new_tensor([0.01]))
 
 
 def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
