@@ -176,7 +176,7 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
     for layer in graph.layers:
         bound = 1 / math.sqrt(math.prod(layer.shape[1:]))
         for part, shape in ((layer.weight, layer.shape), (layer.bias, layer.shape[:1])):
-            if part is not None and not part.frozen:
+            if part is not None:
                 values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
                 part.put(weights, values, own)
     return weights
