@@ -19,7 +19,7 @@ from target_cnn import (
     load_weights,
     random_init,
     score_weights,
-    train_epoch,
+    train_with_adam,
 )
 from universal.experiment.generators import load_generator
 from universal.experiment.verdict import (
@@ -159,7 +159,7 @@ def fresh_training(recorded, data):
     def train(weights):
         with torch.inference_mode(False), torch.enable_grad():
             model = load_weights(TargetCNN(), weights.clone()).to(memory_format=torch.channels_last)
-            train_epoch(model, torch.optim.Adam(model.parameters(), fused=True), images, 64, False, "")
+            list(train_with_adam(model, images, 1, batch_size=64, use_bf16=False))
         return flatten_weights(model)
 
     # Nothing can be trained from zeros.
