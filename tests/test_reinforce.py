@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.run  # what torchrun runs
 import torch.nn.functional as F
-from conftest import REPOSITORY, assert_png
+from conftest import REPOSITORY
 from torch import nn
 
 from scripting import save_training
@@ -21,12 +21,11 @@ from universal.evaluation.networks import mlp
 from universal.model.synthesizer import save_synthesizer
 from universal.model.tuning import SLOPES, SPREAD
 from universal.reading.graph import ComputationGraph, Logits
-from universal.reinforce import compare, evaluate, reinforcement
-from universal.reinforce import trials as reinforce_trials
+from universal.reinforce import candidates, evaluate, reinforcement
 from universal.reinforce.__main__ import main
+from universal.reinforce.candidates import draw_trials, try_candidate, with_tuning, written
 from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
-from universal.reinforce.search import CovarianceSearch, WeightSearch, ranks
-from universal.reinforce.trials import draw_trials, try_candidate, with_tuning, written
+from universal.reinforce.search import CovarianceSearch, ranks
 from universal.training.architectures import parameter_shapes
 
 NET = """
@@ -277,7 +276,7 @@ def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monke
 
     first, *others = shapes()
     assert first not in others
-    monkeypatch.setattr(reinforce_trials, "EVALUATED_SHAPES", [first])
+    monkeypatch.setattr(candidates, "EVALUATED_SHAPES", [first])
     assert first not in shapes()
 
 
@@ -300,18 +299,9 @@ def test_a_reward_cannot_spoil_what_is_left_at_its_init(synthesizer):
 # ---- searches --------------------------------------------------------------------------------------------------------
 
 
-def searches(dimension: int):
-    """One of each kind."""
+def test_the_search_finds_a_known_best():
     pytest.importorskip("cmaes")
-    return [
-        CovarianceSearch(dimension, candidates=12, deviation=0.5, seed=0),
-        WeightSearch(torch.zeros(dimension), torch.ones(dimension) / 10, candidates=40, lr=0.5, seed=0),
-    ]
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_searches_find_a_known_best(which):
-    search, best = searches(6)[which], torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
+    search, best = CovarianceSearch(6, 12, deviation=0.5, seed=0), torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
     for _ in range(150):
         search.tell(-(search.ask() - best).square().sum(1)[:, None].double())
     assert (search.mean - best).norm() < 0.3
@@ -434,8 +424,6 @@ def test_fewer_evaluations_than_a_generation_takes_get_one_line(users, refusal):
     pytest.importorskip("cmaes")
     line = refusal(main, *options_of(users, "none"), "--evaluations", 3)
     assert line == "--evaluations 3: --candidates times --networks, 4, are needed"
-    line = refusal(compare.main, "--reward", "ternary", "--evaluations", 1)
-    assert line == "--evaluations 1: --candidates times --networks, 40, are needed"
 
 
 def test_an_infinite_reward_is_only_a_bad_one(users, monkeypatch):
@@ -455,25 +443,6 @@ def test_a_state_that_is_broken_or_of_other_options_is_not_taken(users, refusal)
 def test_a_missing_package_is_named(users, refusal, monkeypatch):
     monkeypatch.setitem(sys.modules, "cmaes", None)
     assert refusal(main, *options_of(users, "x")) == "needs the package cmaes: pip install cmaes"
-
-
-def test_the_comparison_measures_every_method(users, monkeypatch, capsys):
-    pytest.importorskip("cmaes")
-    monkeypatch.setattr(compare, "CURVE_IMAGES", 200)
-    monkeypatch.setattr(compare, "CURVE_INITS", 1)
-    monkeypatch.setattr(compare, "CURVE_POINTS", 1)
-    options = ["--reward", "ternary", "--evaluations", "4", "--candidates", "4", "--images", "20", "--inits", "1"]
-    options += ["--networks", "1", "--validation", "200", "--plot", "a.png", "--results", "a.json"]
-    monkeypatch.setattr(sys, "argv", ["compare", *options, "--device", "cpu"])
-    compare.main()
-    printed = capsys.readouterr().out
-    for method in compare.METHODS:
-        assert f"| {method}" in printed
-    assert_png(users / "a.png", 1800, 720)
-
-
-def test_the_comparison_refuses_what_is_no_rounding(refusal):
-    assert "--reward accuracy: give one of ternary" in refusal(compare.main, "--reward", "accuracy")
 
 
 def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, synthesizer):

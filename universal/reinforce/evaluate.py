@@ -20,8 +20,8 @@ from target_cnn import CHECKPOINTS, Dataset, TargetCNN, find_runs, load_run, loa
 from universal.evaluation.networks import EVALUATED
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import Logits
+from universal.reinforce.candidates import graph_of, written
 from universal.reinforce.rewards import ROUNDINGS, score_after
-from universal.reinforce.trials import graph_of, written
 
 NETWORKS = ("TargetCNN", "half width", "double width")
 FULL = "full precision"
