@@ -554,9 +554,9 @@ def weight_normed(norm) -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (Recurrent, r"^lstm is not supported \(test_graph\.py, line \d+: states, _ = self\.lstm.*line that is named"),
+        (Recurrent, r"^lstm is not supported \(test_reading\.py, line \d+: states, _ = self\.lstm.*line that is named"),
         (lambda: nn.Sequential(nn.Flatten(2), nn.GRU(784, 10)), "gru is not supported|returns a tuple"),
-        (Words, r"^embedding of values is not supported \(test_graph\.py, line \d+: return self\.out"),
+        (Words, r"^embedding of values is not supported \(test_reading\.py, line \d+: return self\.out"),
         (lambda: flat(nn.ConvTranspose2d(1, 2, 3), features=1800), "^conv_transpose2d is not supported"),
         (lambda: weight_normed(nn.utils.parametrizations.weight_norm), r"computed from 1\.parametrizations\.weight"),
         (lambda: weight_normed(nn.utils.parametrizations.spectral_norm), r"computed from 1\.parametrizations\.weight"),
@@ -568,7 +568,7 @@ def weight_normed(norm) -> nn.Module:
         (PerHead, "with a weight of 3 dimensions is not supported"),
         (lambda: flat(features=784, classes=1), "has one class, but telling classes apart takes two"),
         (Pair, "^Pair returns a tuple, not logits"),
-        (Raising, r"takes no images .* KeyError: 'no such thing' \(test_graph\.py, line \d+: raise KeyError"),
+        (Raising, r"takes no images .* KeyError: 'no such thing' \(test_reading\.py, line \d+: raise KeyError"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), r"takes no images .*28, 28\] it says .*1024x10"),
         (lambda: nn.Sequential(nn.Conv2d(1, 4, 3)), r"has shape \[4, 26, 26\] per image"),
         (lambda: nn.Sequential(nn.Flatten()), "the output must be that of one layer"),

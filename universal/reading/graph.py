@@ -21,6 +21,7 @@ from torch.func import functional_call
 from scripting import in_short
 from universal.mnist import IMAGE_FORMATS, IMAGE_SIDE
 from universal.reading.calls import Call, Calls, Kind, Layer, Part, is_float
+from universal.reading.products import as_layers
 from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
 
@@ -42,7 +43,7 @@ class ComputationGraph:
                 self._try_formats(lambda images, _: self.module(images))
             reading = self._try_formats(self._read)
         self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
-        self.neurons, self.classes, self._calls = reading.follower.neurons, reading.last.shape[0], reading.calls
+        self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms)
         self.counters = [name for name in counters if name in self.state()]
         parts = [part for call in (*self.layers, *self.norms, *self.shifts) for part in call.parts]
@@ -97,27 +98,26 @@ class ComputationGraph:
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
         """The logits of images [N, 1, 28, 28], each layer and norm computed by `compute(layer or norm, inputs)`."""
-        calls = iter(self._calls)
+        steps = iter(self._steps)
         names = {id(tensor): name for name, tensor in weights.items()}
         another_way = ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
 
         def call(kind: Kind, function: Callable, args: tuple, kwargs: dict):
-            expected, found = next(calls, (None, None))
-            if expected is not function:
+            step = next(steps, None)
+            if step is None or step.function is not function:
                 raise another_way
-            if found is None:
+            if step.weight_at is not None:
+                return calls.within(as_layers, kind.product(*args, **kwargs), step.weight_at)
+            if step.found is None:
                 return function(*args, **kwargs)
-            given = kind.bind(args, kwargs)
-            inputs = given["input"]
+            given, found = kind.bind(args, kwargs), step.found
             if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
                 raise another_way
-            if kind.by_element and inputs is weights.get(found.part.name):
-                inputs = given["other"]
-            return compute(found, inputs)
+            return compute(found, given[step.activations])
 
-        with still(self.module), Calls(call):
+        with still(self.module), Calls(call) as calls:
             logits = logits_of(functional_call(self.module, weights, self.format(images)))
-        if next(calls, None) is not None:
+        if next(steps, None) is not None:
             raise another_way
         return logits
 
@@ -141,7 +141,7 @@ class ComputationGraph:
             except Refused:
                 raise
             except Exception as error:  # the module's own code may raise anything
-                failures.append((len(reading.calls), f"of {name} it says {in_short(error)}{place_of(error)}"))
+                failures.append((len(reading.steps), f"of {name} it says {in_short(error)}{place_of(error)}"))
         _, furthest = max(failures, key=lambda failure: failure[0])
         raise ValueError(
             f"{type(self.module).__name__} takes no images of the shapes {', '.join(IMAGE_FORMATS)}; {furthest}"
@@ -152,7 +152,7 @@ class ComputationGraph:
         state = self._own(torch.zeros((), dtype=torch.float32))
         self.image_channels = images.shape[1] if images.dim() == 4 else 1
         reading.start(images, self.image_channels, state, self.state(), {*dict(self.module.named_buffers())})
-        with Calls(reading.call, reading.follow):
+        with reading:
             output = functional_call(self.module, state, images)
         reading.finish(output, type(self.module).__name__)
         return reading
