@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from universal.reading.calls import ACTIVATION_POINTS, RATIOS
+from universal.reading.calls import ACTIVATION_POINTS, RATIOS, is_float
 
 # For each layer, by its index, what a tensor is as its function where all other layers are neutral: values [points];
 # None where it is no function of single elements, such as a sum over channels.
@@ -116,9 +116,11 @@ def constant(leaf, neutral: float, is_neutral: bool):
     if leaf.is_complex() or not leaf.numel():
         is_neutral = True
     value = neutral if is_neutral else leaf.double().mean().item()
-    if leaf.dtype == torch.bool:
+    if leaf.dtype == torch.bool and neutral == 0:  # those of a product are as good as numbers
         return torch.full([1] * leaf.dim(), value >= 0.5)
-    return torch.full([1] * leaf.dim(), value, dtype=torch.float32 if leaf.is_floating_point() else leaf.dtype)
+    return torch.full(
+        [1] * leaf.dim(), value, dtype=torch.float32 if is_float(leaf) or leaf.dtype == torch.bool else leaf.dtype
+    )
 
 
 def same(one: Tensor, other: Tensor) -> bool:

@@ -190,8 +190,11 @@ class Follower:
         moved = forth[index] if index < len(forth) else None
         if not isinstance(moved, Tensor) or moved.shape != shape or moved.dtype != torch.float64:
             return None
-        if len(followed) == 1 and torch.equal(moved.reshape(-1), first.codes.reshape(-1)):  # at most reshaped
-            return first._replace(codes=moved, y=first.y.reshape(shape), x=first.x.reshape(shape))
+        if len(followed) == 1 and torch.equal(moved.reshape(-1), first.codes.reshape(-1)):
+            order = torch.arange(moved.numel(), dtype=torch.float64)
+            places = again(dict.fromkeys(followed, order.view(first.codes.shape)), math.nan)[index]
+            if torch.equal(places.reshape(-1), order):  # at most reshaped
+                return first._replace(codes=moved, y=first.y.reshape(shape), x=first.x.reshape(shape))
         if shape != first.codes.shape and not moved.isnan().all():
             moved = moved.nan_to_num(0.0)
         numbers = self.neurons.numbers(moved)

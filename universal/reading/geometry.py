@@ -47,10 +47,16 @@ def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Ten
         neurons = along.amax(0)
         if neurons.any() and ((along == neurons) | (along == 0)).all():  # beside tokens of no neuron
             # It tells places apart along those axes that it has.
+            own = torch.stack([tensor.movedim(axis, -1).flatten(0, -2)[0] for tensor in (codes, y, x)], 1)
+            if len(own.unique(dim=0)) < len(own):
+                return None  # one neuron, expanded: nothing tells its copies from each other
             alike = [place for place in range(dimensions) if shape[place] == 1]
             y, x = (tensor.mean(alike, keepdim=True) if alike else tensor for tensor in (y, x))
             y, x = (tensor.movedim(axis, -1).flatten(0, -2)[:, 0] for tensor in (y, x))
-            return axis, neurons, torch.stack([y, x], 1).float() if len(y) > 1 else None
+            places = torch.stack([y, x], 1).float()
+            if len(places) > 1 and (places == places[0]).all():
+                return None  # nothing tells what is added at one of them from the others
+            return axis, neurons, places if len(places) > 1 else None
     return None
 
 

@@ -21,7 +21,6 @@ from torch.func import functional_call
 from scripting import in_short
 from universal.mnist import IMAGE_FORMATS, IMAGE_SIDE
 from universal.reading.calls import Call, Calls, Kind, Layer, Part, is_float
-from universal.reading.products import as_layers
 from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
 
@@ -106,8 +105,8 @@ class ComputationGraph:
             step = next(steps, None)
             if step is None or step.function is not function:
                 raise another_way
-            if step.weight_at is not None:
-                return calls.within(as_layers, kind.product(*args, **kwargs), step.weight_at)
+            if step.rewritten is not None:
+                return calls.within(step.rewritten, args, kwargs)
             if step.found is None:
                 return function(*args, **kwargs)
             given, found = kind.bind(args, kwargs), step.found

@@ -1,6 +1,7 @@
 """What a forward pass shows of a module: its layers, norms, gains and shifts, and which neurons each reads."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from universal.reading import products
 from universal.reading.calls import (
+    CONTRACTIONS,
     DEFAULTS,
     EMBEDDINGS,
     GEOMETRY,
@@ -43,11 +45,11 @@ class Step(NamedTuple):
     function: Callable
     found: Call | None  # None where it has no weights to be written
     activations: str = "input"  # which of its arguments these are
-    weight_at: int | None = None  # of a product over other axes: which of its operands is the weight
+    rewritten: Callable | None = None  # what computes the same from its arguments, by calls that are read themselves
 
 
 class Reading(Calls):
-    """A forward pass that is read, and what it has shown so far: its `steps`, with the layers, norms and shifts found."""
+    """A forward pass that is read, and what it has shown so far: its `steps`, and what has weights to be written."""
 
     def __init__(self):
         super().__init__(self.call, self.follow)
@@ -85,7 +87,8 @@ class Reading(Calls):
         moves = follower.assign(*args) if assigns else follower.follow(function, args, kwargs, result)
         if any(follower.numbers(leaf) for leaf in leaves):
             self.makers |= dict.fromkeys(map(id, outputs), f"{name_of(function)}{place_of()}")
-        ended = self.curves.follow(function, args, kwargs, outputs, moves, follower.numbers)
+        carries = moves or function in CONTRACTIONS  # which are linear in each of their operands
+        ended = self.curves.follow(function, args, kwargs, outputs, carries, follower.numbers)
         self._note_activations(ended)
 
     def _note_activations(self, curves: ByLayer) -> None:
@@ -100,11 +103,16 @@ class Reading(Calls):
             return self._call_by_element(kind, function, args, kwargs)
         product = kind.product and kind.product(*args, **kwargs)
         weight_at = product and self._weight_of(product)
-        if weight_at is not None:
-            self.steps.append(Step(function, None, weight_at=weight_at))
-            return self.within(products.as_layers, product, weight_at)
         follower, given = self.follower, kind.bind(args, kwargs)
-        numbers, weight = follower.numbers(given.get("input")), given.get("weight")
+        numbers, weight, bias = follower.numbers(given.get("input")), given.get("weight"), given.get("bias")
+        rewritten = None
+        if weight_at is not None:
+            rewritten = partial(product_by_layers, kind, weight_at)
+        elif not kind.is_norm and follower.parameter(weight) and bias is not None and not follower.parameter(bias):
+            rewritten = partial(bias_apart, kind, function)
+        if rewritten is not None:
+            self.steps.append(Step(function, None, rewritten=rewritten))
+            return self.within(rewritten, args, kwargs)
         result = function(*args, **kwargs)
         found = None
         if numbers is not None and kind.is_norm:
@@ -163,8 +171,6 @@ class Reading(Calls):
 
     def _read_layer(self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor) -> Layer:
         weight, bias = (self.follower.parameter(given.get(name)) for name in ("weight", "bias"))
-        if bias is None and given.get("bias") is not None:
-            raise Refused(f"{name_of(function)}: the bias of {weight.name} is not a parameter{place_of()}")
         own = given["weight"]
         if not kind.is_convolution and own.dim() != 2:
             raise Refused(f"{name_of(function)} with a weight of {own.dim()} dimensions is not supported{place_of()}")
@@ -324,6 +330,19 @@ class Reading(Calls):
         self.norms = [norm for norm in self.norms if norm.sources & reached]
         kept = {id(call) for call in (*self.layers, *self.norms, *self.shifts)}
         self.steps = [step if id(step.found) in kept else step._replace(found=None) for step in self.steps]
+
+
+def product_by_layers(kind: Kind, weight_at: int, args: tuple, kwargs: dict) -> Tensor:
+    """A product of two tensors, by linear layers whose weights are of the operand `weight_at`."""
+    return products.as_layers(kind.product(*args, **kwargs), weight_at)
+
+
+def bias_apart(kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """A layer without its bias, which is no parameter, and then the bias."""
+    given = kind.bind(args, kwargs)
+    bias = given.pop("bias")
+    outputs = given["input"] @ given["weight"] if kind.transposed else function(**given)
+    return outputs + (bias if kind.axis == -1 else bias.view(-1, *[1] * (outputs.dim() - 2)))
 
 
 def reaching(last: Layer, layers: list[Layer]) -> set[int]:
