@@ -521,7 +521,7 @@ SPELLINGS = {
     "einsum": (lambda n, x: n.out(torch.einsum("nchw,dhw->nd", x, n.w)), {"w": (8, 28, 28)}, (2, 0, [])),
     "einsum of heads": (
         lambda n, x: n.out(torch.einsum("nhw,hwd->nhd", x[:, 0], n.w).flatten(1)[:, :8]),
-        {"w": (28, 28, 2)}, (5, 0, ["w"]),
+        {"w": (28, 28, 2)}, (29, 0, []),
     ),
     "einsum with dots": (lambda n, x: n.out(torch.einsum("...d,de", x.flatten(1), n.w)), {"w": (784, 8)}, (2, 0, [])),
     # What is computed from parameters, and constants, are left as they are.

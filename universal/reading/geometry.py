@@ -47,7 +47,8 @@ def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Ten
         neurons = along.amax(0)
         if neurons.any() and ((along == neurons) | (along == 0)).all():  # beside tokens of no neuron
             # It tells places apart along those axes that it has.
-            own = torch.stack([tensor.movedim(axis, -1).flatten(0, -2)[0] for tensor in (codes, y, x)], 1)
+            means = [tensor.movedim(axis, -1).flatten(0, -2).mean(0) for tensor in (y, x)]
+            own = torch.stack([neurons, *means], 1)
             if len(own.unique(dim=0)) < len(own):
                 return None  # one neuron, expanded: nothing tells its copies from each other
             alike = [place for place in range(dimensions) if shape[place] == 1]
