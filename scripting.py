@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -237,7 +238,24 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 # What torch.load says of Python objects: of a foreign one, of pickles of protocol 4 or later, and of TorchScript.
-PYTHON_OBJECTS = re.compile(rf"GLOBAL (?P<name>[\w.]+) |Unsupported operand {ord(pickle.FRAME)}\b|TorchScript archive")
+PYTHON_OBJECTS = re.compile(
+    rf"(GLOBAL |but got <class ')(?P<name>[\w.]+)[ ']|Unsupported operand {ord(pickle.FRAME)}\b|TorchScript archive"
+)
+
+
+# What trainings save beside tensors that can do nothing: their options, and NumPy's scalars and arrays of numbers and
+# text. The module that rebuilds NumPy's was renamed in its version 2.
+HARMLESS: list = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"},  # no objects, no records
+    *(
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, value in {"_reconstruct": np.zeros(0), "scalar": np.float64()}.items()
+    ),
+]
 
 
 def load_file(path: Path, maker: str, mmap: bool = False):
@@ -252,12 +270,28 @@ def load_file(path: Path, maker: str, mmap: bool = False):
             from safetensors.torch import load_file as load_safetensors  # an optional package
 
             return load_safetensors(path)
-        with warnings.catch_warnings(action="ignore"):  # of what the error says too
+        with (
+            warnings.catch_warnings(action="ignore"),  # of what the error says too
+            torch.serialization.safe_globals(HARMLESS),
+        ):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except ImportError as error:
         raise MissingPackage(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
     except Exception as error:  # both raise whatever the broken bytes lead to
         raise UserError(f"{path}: {why_not_read(error)} make it again with {maker}") from error
+
+
+def leaves(content) -> Iterator[tuple[str, object]]:
+    """What lies in nested dictionaries and lists, by its dotted name and in their order, each container once."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if not isinstance(value, dict | list | tuple):
+            yield name, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
 
 
 def why_not_read(error: Exception) -> str:
