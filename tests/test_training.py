@@ -43,7 +43,7 @@ def test_drawn_architectures_can_be_read_and_cover_the_kinds():
         assert graph.classes == 10
         assert set(graph.left) <= {"first"}  # the class token
         convolutions = sum(layer.is_convolution for layer in graph.layers)
-        seen |= {f"{min(convolutions, 10)} convolutions", f"{graph.image_channels} channels"}
+        seen |= {f"{min(convolutions, 10)} convolutions", f"{graph.channels} channels"}
         seen |= {type(module).__name__ for module in network.modules()}
         seen |= {f"kernel {layer.shape[-1]}" for layer in graph.layers if layer.is_convolution}
         seen |= {"stride" for layer in graph.layers if layer.options.get("stride") == (2, 2)}

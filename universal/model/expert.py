@@ -107,7 +107,7 @@ class Expert(nn.Module):
                 f"{graph.last.name}: has {graph.classes} classes, but the synthesiser knows {task.labels.shape[1]}"
             )
         written: dict[str, Tensor] = {}
-        images = self.image_keys[: graph.image_channels]
+        images = self.image_keys[: graph.channels]
         keys = NeuronRows(graph, images)
         means = NeuronRows(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
         variant: Tensor | None = None
@@ -176,7 +176,7 @@ class Expert(nn.Module):
         def write_gain(gain: Gain, inputs: Tensor) -> Tensor:
             """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
             variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
-            keeps = gain.of_last or gain.channels.max() <= graph.image_channels  # classes and pixels have their scales
+            keeps = gain.of_last or gain.channels.max() <= graph.channels  # classes and pixels have their scales
             scale = torch.ones_like(variance) if keeps else self.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
             shape = [1] * len(gain.shape)
             shape[gain.axis % len(shape)] = -1

@@ -22,10 +22,14 @@ ACTIVATION_POINTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # where the function
 
 @dataclass(eq=False)
 class Part:
-    """The elements of a parameter that a call takes: all of them, or those at `index`, which has the part's shape."""
+    """The elements of a parameter that a call takes: all of them, or those at `index`, which has the part's shape.
+
+    What is `frozen` is kept: parameters with `requires_grad=False`, and buffers.
+    """
 
     name: str
     index: Tensor | None = None
+    frozen: bool = False
 
     def of(self, weights: dict[str, Tensor]) -> Tensor:
         """The part's values in `weights`, the parameters by name."""
@@ -33,7 +37,10 @@ class Part:
         return whole if self.index is None else whole.flatten()[self.index.to(whole.device)]
 
     def put(self, weights: dict[str, Tensor], values: Tensor, others: dict[str, Tensor]) -> None:
-        """Set the part's values in `weights`; other elements of the parameter, if not there yet, are as in `others`."""
+        """Set the part's values in `weights`, unless it is frozen; other elements of the parameter, if not there yet,
+        are as in `others`."""
+        if self.frozen:
+            return
         if self.index is not None:
             whole = weights.get(self.name, others[self.name])
             index = self.index.to(whole.device).flatten()
@@ -57,7 +64,7 @@ class Part:
 
     def moved(self, whole: Tensor, elements: Tensor) -> "Part":
         """The part that has these elements of this one, in their shape. `whole` is the parameter."""
-        return Part(self.name, self.elements(whole.numel())[elements])
+        return Part(self.name, self.elements(whole.numel())[elements], self.frozen)
 
 
 @dataclass
@@ -83,8 +90,8 @@ class Layer:
     depth: int  # how many layers the images have passed before this one, on the longest way
     sources: frozenset[int]  # indices of the layers whose outputs reach it; -1 for the images
     window: tuple[int, ...] | None  # sides of the kernel of a convolution, or of the windows that a linear layer reads
-    resolution: int  # side of the maps, or number of tokens, that it gives
-    side: int  # side of the maps that are read through a window; 1 for other layers
+    resolution: float  # side of the maps, if they were square, or number of tokens, that it gives
+    side: float  # side of the maps, if they were square, that are read through a window; 1 for other layers
     index: int = 0
     first_neuron: int = 0  # the number of its first neuron
     last: bool = False  # whether its outputs are the classes
@@ -95,7 +102,8 @@ class Layer:
 
     @property
     def parts(self) -> list[Part]:
-        return [part for part in (self.weight, self.bias) if part is not None]
+        """What of it can be written."""
+        return [part for part in (self.weight, self.bias) if part is not None and not part.frozen]
 
     @property
     def is_convolution(self) -> bool:
@@ -186,7 +194,8 @@ class Norm:
 
     @property
     def parts(self) -> list[Part]:
-        return list(self.parameters.values())
+        """What of it can be written."""
+        return [part for part in self.parameters.values() if not part.frozen]
 
     def of(self, weights: dict[str, Tensor], inputs: Tensor, batch_statistics: bool = False) -> Tensor:
         """What comes out with the parameters in `weights`, or with the statistics of the inputs."""
@@ -227,7 +236,8 @@ class Shift:
 
     @property
     def parts(self) -> list[Part]:
-        return [self.part]
+        """What of it can be written."""
+        return [] if self.part.frozen else [self.part]
 
     def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
         """What comes out with the parameter in `weights`."""

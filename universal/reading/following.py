@@ -78,8 +78,9 @@ class Follower:
         self.neurons = Neurons()
         self.parameters, self.buffers = parameters, buffers
         self._numbers: dict[int, Numbers] = {}
+        frozen = {name for name, tensor in originals.items() if not tensor.requires_grad}
         named = [*originals.items(), *parameters.items()]  # a module may keep its own beside those it is called with
-        self._parts: dict[int, Part] = {id(tensor): Part(name) for name, tensor in named}
+        self._parts: dict[int, Part] = {id(tensor): Part(name, frozen=name in frozen) for name, tensor in named}
         self._computed: dict[int, str] = {}  # what was computed from parameters, not only moved: from which
         self._values: set[int] = set()  # whole numbers that were computed from activations
         self._alive: list[Tensor] = list(parameters.values())  # so that no id comes again

@@ -1,4 +1,4 @@
-"""Where activations lie: the numbers of images, and which channels and places a layer, gain or shift reads."""
+"""Where activations lie: which channels and places a layer, gain or shift reads."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from universal.mnist import IMAGE_SIDE
 from universal.reading.following import Numbers
 
 
@@ -19,12 +18,9 @@ def per_side(option: int | str | Sequence[int], sides: int) -> str | tuple[int, 
     return numbers * sides if len(numbers) == 1 else numbers
 
 
-def image_numbers(images: Tensor, codes: Tensor) -> Numbers:
-    """The numbers of two images, in whatever format, whose channels have these `codes`."""
-    shape = (2, len(codes), IMAGE_SIDE, IMAGE_SIDE)
-    y, x = torch.meshgrid(2 * [middles(IMAGE_SIDE)], indexing="ij")
-    codes, y, x = (tensor.expand(shape).reshape(images.shape) for tensor in (codes[:, None, None], y, x))
-    return Numbers(codes, y, x, 0, frozenset([-1]))
+def side_of(sizes: Sequence[int]) -> float:
+    """The side of a square map, or cube, of as many places as one of these `sizes`."""
+    return math.prod(sizes) ** (1 / len(sizes))
 
 
 def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Tensor | None] | None:

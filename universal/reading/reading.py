@@ -1,6 +1,7 @@
 """What a forward pass shows of a module: its layers, norms, gains and shifts, and which neurons each reads."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -29,13 +30,14 @@ from universal.reading.curves import ByLayer, Curves, identity
 from universal.reading.following import Follower, Numbers
 from universal.reading.geometry import (
     find_windows,
-    image_numbers,
     middles,
     per_side,
     read_channels,
     read_features,
+    side_of,
     where_it_lies,
 )
+from universal.reading.inputs import InputFormat
 from universal.reading.refusals import Refused, place_of
 
 
@@ -62,13 +64,20 @@ class Reading(Calls):
         self.last: Layer | None = None
 
     def start(
-        self, images: Tensor, channels: int, parameters: dict[str, Tensor], originals: dict[str, Tensor],
-        buffers: set[str],
+        self, inputs: Tensor, format: InputFormat, axes: str, parameters: dict[str, Tensor],
+        originals: dict[str, Tensor], buffers: set[str],
     ) -> None:  # fmt: skip
-        """Follow `images` of so many channels through a pass with these `parameters`, copies of the `originals`, some
-        of them `buffers`."""
+        """Follow `inputs` of this format, whose axes are `axes`, through a pass with these `parameters`, copies of the
+        `originals`, some of them `buffers`."""
         self.follower = Follower(parameters, originals, buffers)
-        self.follower.number(images, image_numbers(images, self.follower.neurons.add(channels)))
+        self.channels = format.size("C", axes)
+        self.follower.number(inputs, format.numbers(inputs, axes, self.follower.neurons.add(self.channels)))
+
+    @property
+    def tells_channels_apart(self) -> bool:
+        """Whether what each layer reads of the inputs is a channel of them, not a mixture or a part of one."""
+        readers = [layer for layer in self.layers if -1 in layer.sources]
+        return all(layer.places is None and layer.channels.shape[1] == 1 for layer in readers)
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
         """Follow a call without weights of its own, or with weights that are left as they are."""
@@ -214,7 +223,7 @@ class Reading(Calls):
         neurons, shape = self.follower.neurons, tuple(given["weight"].shape)
         if kind.is_convolution:
             channels, places, grid, order = read_channels(numbers)
-            window, side, resolution = shape[2:], given["input"].shape[-1], result.shape[-1]
+            window, side, resolution = shape[2:], side_of(given["input"].shape[2:]), side_of(result.shape[2:])
         else:
             channels, places, grid, order = read_features(numbers)
             window, side, resolution = None, 1, result.numel() // result.shape[-1] // 2  # tokens of each of two images
@@ -276,6 +285,9 @@ class Reading(Calls):
         parts = {name: self.follower.part(tensor) for name, tensor in tensors.items()}
         if None in parts.values():
             return None
+        affine = [parts[name] for name in ("weight", "bias") if name in parts]
+        frozen = bool(affine) and all(part.frozen for part in affine)  # then so are its statistics
+        parts |= {name: replace(parts[name], frozen=frozen) for name in STATISTICS if name in parts}
         axis = 1 if kind.axis == 1 else -len(given["normalized_shape"])
         codes = numbers.codes.movedim(axis, 0).flatten(1)[:, 0]
         settings = {name: value for name, value in given.items() if name not in {"input", *tensors}}
