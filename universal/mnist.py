@@ -5,6 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 IMAGE_SIDE = 28  # pixels
+IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)  # (channels, height, width)
+CLASSES = 10
 IMAGE_CHANNELS = (1, 3)
 # What a network may take: the shapes of a batch of N images, in the order in which they are tried.
 IMAGE_FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
