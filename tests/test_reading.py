@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from target_cnn import TargetCNN
-from universal.evaluation.networks import EVALUATED, Example, VisionTransformer, mlp
+from universal.evaluation.networks import EVALUATED, Example, ResidualBlock, VisionTransformer, mlp
 from universal.reading import calls
 from universal.reading.graph import ComputationGraph
 from universal.reading.reading import logits_of
-from universal.training.architectures import Gain, Gate, ResidualBlock, Sum, Transposed
+from universal.training.blocks import Gain, Gate, Sum, Transposed
 
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 

@@ -6,6 +6,8 @@ from torch import Tensor
 from universal.reading.inputs import InputFormat
 
 IMAGE_SIDE = 28  # pixels
+IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)  # (channels, height, width)
+CLASSES = 10
 IMAGE_CHANNELS = (1, 3)
 IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)
 MAP = (IMAGE_SIDE, IMAGE_SIDE)
