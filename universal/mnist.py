@@ -11,7 +11,7 @@ CLASSES = 10
 IMAGE_CHANNELS = (1, 3)
 IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)
 MAP = (IMAGE_SIDE, IMAGE_SIDE)
-# [N, 1, 28, 28], [N, 3, 28, 28], [N, 28, 28] or [N, 784], in the order in which they are tried.
+# A network may take [N, 1, 28, 28], [N, 3, 28, 28], [N, 28, 28] or [N, 784], which are tried in this order.
 IMAGE_FORMATS = (
     InputFormat(("NCYX",), (1, *MAP)),
     InputFormat(("NCYX",), (3, *MAP), lambda images: images.expand(-1, 3, -1, -1)),

@@ -169,17 +169,18 @@ class ComputationGraph:
         ways: list[tuple] = [(None, torch.device("cpu"))]
         if any((tensor.dtype, tensor.device) != (torch.float32, ways[0][1]) for tensor in own):
             ways.append((precision or own[0].dtype, own[0].device))
-        failures = []
-        for (self.precision, device), self.format in itertools.product(ways, formats):
-            inputs, reading = self._given(self.example.to(device, torch.float32)), Reading()
-            try:
-                return run(inputs, reading)
-            except Refused:
-                raise
-            except Exception as error:  # the module's own code may raise anything
-                failures.append((len(reading.steps), shape_of(inputs), f"{in_short(error)}{place_of(error)}"))
+        for self.precision, device in ways:
+            failures = []
+            for self.format in formats:
+                inputs, reading = self._given(self.example.to(device, torch.float32)), Reading()
+                try:
+                    return run(inputs, reading)
+                except Refused:
+                    raise
+                except Exception as error:  # the module's own code may raise anything
+                    failures.append((len(reading.steps), shape_of(inputs), f"{in_short(error)}{place_of(error)}"))
         _, shape, reason = max(failures, key=lambda failure: failure[0])
-        shapes = ", ".join(dict.fromkeys(shape for _, shape, _ in failures))
+        shapes = ", ".join(shape for _, shape, _ in failures)
         raise ValueError(f"{type(self.module).__name__} takes no inputs of shape {shapes}; of {shape} it says {reason}")
 
     def _read(self, inputs: Tensor, reading: Reading) -> Reading:

@@ -11,7 +11,7 @@ from universal.reading.geometry import middles
 
 # What the axes of inputs may be: N inputs, C channels, and places, Y down and X across. Of those with as many axes as
 # an example has, that counts in which layers read one channel of it each, not mixtures; if none does, the first.
-AXES = ("NCYX", "NYX", "NCX", "NXC", "NC", "NX")
+AXES = ("NCYX", "NCX", "NYX", "NXC", "NC", "NX")
 
 
 class InputFormat(NamedTuple):
