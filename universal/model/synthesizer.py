@@ -24,8 +24,7 @@ from universal.reading.graph import ComputationGraph
 SYNTHESIZER = Path(__file__).resolve().parents[1] / "synthesizer.pth"
 MAKER = "python -m universal.train"
 LEAST_SHARE = 1e-3  # of an expert, to be worth its time
-ADDED = {"gain_scale", "seen", "patch_share", "patch_ridge"}  # parameters that version 7 did not have
-VERSION = 8  # 7 had fewer parameters, 6 no scales, and 5 a single expert
+VERSION = 8  # of the files; others are refused
 
 
 class Unwritable(ValueError):
@@ -237,30 +236,20 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
     if not is_synthesizer(content):
         raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
     version = content.get("version")
-    if version not in (5, 6, 7, VERSION):
+    if version != VERSION:
         raise UserError(
-            f"{path}: a synthesiser of version {version}, but this code reads versions 5 to {VERSION}: "
+            f"{path}: a synthesiser of version {version}, but this code reads version {VERSION}: "
             f"make it again with {MAKER}"
         )
     try:
         synthesizer = GraphWeightSynthesizer(**content["settings"])
-        state = in_full(content["state_dict"], content["scales"] if version > 6 else {})
-        if version == 5:
-            state = {f"experts.0.{name}": tensor for name, tensor in state.items()}
-            state |= {f"router.{name}": tensor for name, tensor in synthesizer.router.state_dict().items()}
-        synthesizer.load_state_dict(with_added(state, synthesizer) if version < VERSION else state)
+        synthesizer.load_state_dict(in_full(content["state_dict"], content["scales"]))
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: a damaged synthesiser: make it again with {MAKER}") from error
     if not all(tensor.isfinite().all() for tensor in synthesizer.state_dict().values()):
         raise UserError(f"{path}: holds NaN or infinite weights: make it again with {MAKER}")
     return synthesizer.to(device).eval()
-
-
-def with_added(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """An earlier `state` of `module`, with the parameters that were ADDED since, which as they start change nothing."""
-    added = {name: tensor for name, tensor in module.state_dict().items() if ADDED & {*name.split(".")}}
-    return added | state
 
 
 def is_synthesizer(content) -> bool:
