@@ -16,9 +16,10 @@ from universal import GraphWeightSynthesizer, evaluate, load_synthesizer
 from universal.evaluation.networks import EVALUATED, VisionTransformer, cnn, mlp
 from universal.model import algebra
 from universal.model.algebra import InverseSquareRoot, decorrelate
+from universal.model.balance import balance
 from universal.model.description import cosines_of
-from universal.model.expert import NeuronRows, balance
 from universal.model.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
+from universal.model.writing import NeuronRows
 from universal.reading.graph import ComputationGraph
 from universal.training.architectures import (
     Concatenation,

@@ -383,7 +383,7 @@ def tried(
                 losses.append(F.cross_entropy(graph.run(some.images, write(graph, init)), some.labels).item())
             except torch.linalg.LinAlgError:  # activations so large that no regression can be solved
                 losses.append(math.inf)
-        about.append(synthesizer.about(graph))
+        about.append(synthesizer.description(graph))
     losses = torch.tensor(losses, device=data.images.device).view(networks, -1)
     return torch.stack(about), (losses.nan_to_num(10.0, posinf=10.0) + 0.02).log()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scripting import UserError, load_file, save_tensors
-from universal.model.description import DESCRIPTION, describe
+from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
 from universal.model.task import Task
 from universal.model.tuning import Tuning
@@ -96,11 +96,11 @@ class GraphWeightSynthesizer(nn.Module):
 
     def shares(self, graph: ComputationGraph, step: int = 0) -> Tensor:
         """How much of each expert's parameters a network gets, [experts]; they sum to 1."""
-        return self.router(self.about(graph, step)).softmax(0)
+        return self.router(self.description(graph, step)).softmax(0)
 
-    def about(self, graph: ComputationGraph, step: int = 0) -> Tensor:
+    def description(self, graph: ComputationGraph, step: int = 0) -> Tensor:
         """What the router knows of a network, [DESCRIPTION]: the mean of what its layers are."""
-        layers = torch.stack([describe(layer, graph, step) for layer in graph.layers])
+        layers = torch.stack([description_of(layer, graph, step) for layer in graph.layers])
         return layers.mean(0).to(self.router.weight)
 
     def merged(self, shares: Tensor) -> dict[str, Tensor]:
