@@ -51,7 +51,6 @@ from universal.model.synthesizer import (
     fresh_init,
     load_synthesizer,
     save_synthesizer,
-    with_added,
 )
 from universal.reading.graph import ComputationGraph
 from universal.training.architectures import FAMILIES, draw_architecture
@@ -207,7 +206,7 @@ class Training:
         # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
         drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
         torch.manual_seed(drawn.getrandbits(31))
-        network = draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES, kinds=options.kinds)
+        network = draw_architecture(drawn, refused=EVALUATED_SHAPES, families=options.kinds, colour=True)
         graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
         (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
         convolutional = graph.convolutional
@@ -304,7 +303,7 @@ def earlier_synthesizer(path: Path) -> GraphWeightSynthesizer:
         return widened(load_synthesizer(path))
     try:
         average = AveragedModel(GraphWeightSynthesizer(**content["settings"]["synthesizer"]))
-        average.load_state_dict(with_added(content["states"]["average"], average))
+        average.load_state_dict(content["states"]["average"])
         average.module.seconds = {"recording": 0.0, "training": float(content["progress"]["seconds"])}
     except (KeyError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: neither a synthesiser nor the state of a training: give another file") from error
@@ -375,7 +374,7 @@ def tried(
     torch.manual_seed(seed)
     about, losses = [], []
     for _ in range(networks):
-        network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
+        network = draw_architecture(draw, refused=EVALUATED_SHAPES, colour=True)
         graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
         init = fresh_init(graph, draw.getrandbits(31), data.images.device)
         some = data[torch.randint(len(data.labels), (images,))]
@@ -384,7 +383,7 @@ def tried(
                 losses.append(F.cross_entropy(graph.run(some.images, write(graph, init)), some.labels).item())
             except torch.linalg.LinAlgError:  # activations so large that no regression can be solved
                 losses.append(math.inf)
-        about.append(synthesizer.about(graph))
+        about.append(synthesizer.description(graph))
     losses = torch.tensor(losses, device=data.images.device).view(networks, -1)
     return torch.stack(about), (losses.nan_to_num(10.0, posinf=10.0) + 0.02).log()
 

@@ -81,7 +81,7 @@ def cosines_at(places: Tensor) -> Tensor:
     return (cosines[:, 0, :, None] * cosines[:, 1, None, :]).flatten(1)
 
 
-def describe(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
+def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     """What a layer is, for generative step `step`: its kind, size, surroundings, and the function that follows it."""
     mean = {
         name: math.log(sum(value) / len(value))
@@ -90,7 +90,7 @@ def describe(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     }
     channels = len(layer.channels)
     values = layer.activation or ACTIVATION_POINTS
-    about = [
+    description = [
         layer.is_convolution, layer.depth == 0, layer.last, step > 0, layer.depth / 4,
         (graph.last.depth - layer.depth) / 4, math.log(channels / layer.groups) / 5, math.log(layer.shape[0]) / 5,
         math.log(layer.positions) / 3, math.log(layer.side) / 3, mean.get("dilation", 0), mean.get("stride", 0),
@@ -102,7 +102,7 @@ def describe(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
         math.log(graph.classes) - 2, graph.convolutional, math.log(len(graph.layers)) / 2,
         *(max(-3.0, min(3.0, value)) for value in values),
     ]  # fmt: skip
-    return torch.tensor([float(value) for value in about])
+    return torch.tensor([float(value) for value in description])
 
 
-DESCRIPTION = 27 + len(ACTIVATION_POINTS)  # numbers that `describe` gives
+DESCRIPTION = 27 + len(ACTIVATION_POINTS)  # numbers that `description_of` gives

@@ -6,6 +6,7 @@ that these make writes the network (`universal.model.expert`).
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scripting import UserError, load_file, save_tensors
-from universal.model.description import DESCRIPTION, describe
+from universal.mnist import IMAGE_SHAPE
+from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
 from universal.model.task import Task
 from universal.model.tuning import Tuning
@@ -24,8 +26,7 @@ from universal.reading.graph import ComputationGraph
 SYNTHESIZER = Path(__file__).resolve().parents[1] / "synthesizer.pth"
 MAKER = "python -m universal.train"
 LEAST_SHARE = 1e-3  # of an expert, to be worth its time
-ADDED = {"gain_scale", "seen", "patch_share", "patch_ridge"}  # parameters that version 7 did not have
-VERSION = 8  # 7 had fewer parameters, 6 no scales, and 5 a single expert
+VERSION = 8  # of the files; others are refused
 
 
 class Unwritable(ValueError):
@@ -47,10 +48,10 @@ class GraphWeightSynthesizer(nn.Module):
     """(graph, current weights, step, task) -> new weights, equivariant to permutations of hidden neurons.
 
     Each of its `experts` has learned its own task, MNIST, with so many `probes`, of which networks with convolutions,
-    where each costs more, only see the first `convolution_probes`; `classes` is the most that a network may have,
-    `dimension` the size of a neuron's embedding, `concepts` that of the space in which hidden linear neurons get their
-    targets, `rank` the number of mixed position functions in a kernel, `hidden` the width of every MLP; `tunable` gives
-    it the numbers of `universal.model.tuning`.
+    where each costs more, only see the first `convolution_probes`; `shape` is that of the inputs and `classes` the most
+    that a network may have, `dimension` the size of a neuron's embedding, `concepts` that of the space in which hidden
+    linear neurons get their targets, `rank` the number of mixed position functions in a kernel, `hidden` the width of
+    every MLP; `tunable` gives it the numbers of `universal.model.tuning`.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class GraphWeightSynthesizer(nn.Module):
         hidden: int = 512,
         tunable: bool = False,
         experts: int = 1,
+        shape: Sequence[int] = IMAGE_SHAPE,
     ):
         super().__init__()
         sizes = {
             "probes": probes, "convolution_probes": convolution_probes, "classes": classes, "dimension": dimension,
-            "concepts": concepts, "rank": rank, "hidden": hidden,
+            "concepts": concepts, "rank": rank, "hidden": hidden, "shape": tuple(shape),
         }  # fmt: skip
         self.settings = sizes | {"tunable": tunable, "experts": experts}
         self.seconds: dict[str, float] = {}  # what making it cost, as the diffusion models have it
@@ -83,7 +85,7 @@ class GraphWeightSynthesizer(nn.Module):
     ) -> dict[str, Tensor]:
         """New weights for `graph`, by name, from its current `weights`. `step` 0 starts from a random init.
 
-        Raises ValueError if the graph has more classes than the task.
+        Raises ValueError if the graph takes other inputs than the task has, or has more classes.
         """
         first, *others = self.experts
         if not others:
@@ -97,11 +99,11 @@ class GraphWeightSynthesizer(nn.Module):
 
     def shares(self, graph: ComputationGraph, step: int = 0) -> Tensor:
         """How much of each expert's parameters a network gets, [experts]; they sum to 1."""
-        return self.router(self.about(graph, step)).softmax(0)
+        return self.router(self.description(graph, step)).softmax(0)
 
-    def about(self, graph: ComputationGraph, step: int = 0) -> Tensor:
+    def description(self, graph: ComputationGraph, step: int = 0) -> Tensor:
         """What the router knows of a network, [DESCRIPTION]: the mean of what its layers are."""
-        layers = torch.stack([describe(layer, graph, step) for layer in graph.layers])
+        layers = torch.stack([description_of(layer, graph, step) for layer in graph.layers])
         return layers.mean(0).to(self.router.weight)
 
     def merged(self, shares: Tensor) -> dict[str, Tensor]:
@@ -129,7 +131,8 @@ class GraphWeightSynthesizer(nn.Module):
         module cannot be read (`ComputationGraph`), has too many classes, holds NaN or makes NaN of the
         probes.
         """
-        return self.fill(ComputationGraph(module), seed, steps)
+        example = None if self.settings["shape"] == IMAGE_SHAPE else self.task.probes
+        return self.fill(ComputationGraph(module, example), seed, steps)
 
     @torch.no_grad()
     def fill(self, graph: ComputationGraph, seed: int | None = None, steps: int = 1) -> Accounts:
@@ -172,7 +175,7 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
     for layer in graph.layers:
         bound = 1 / math.sqrt(math.prod(layer.shape[1:]))
         for part, shape in ((layer.weight, layer.shape), (layer.bias, layer.shape[:1])):
-            if part is not None:
+            if part is not None and not part.frozen:
                 values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
                 part.put(weights, values, own)
     return weights
@@ -237,30 +240,20 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
     if not is_synthesizer(content):
         raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
     version = content.get("version")
-    if version not in (5, 6, 7, VERSION):
+    if version != VERSION:
         raise UserError(
-            f"{path}: a synthesiser of version {version}, but this code reads versions 5 to {VERSION}: "
+            f"{path}: a synthesiser of version {version}, but this code reads version {VERSION}: "
             f"make it again with {MAKER}"
         )
     try:
         synthesizer = GraphWeightSynthesizer(**content["settings"])
-        state = in_full(content["state_dict"], content["scales"] if version > 6 else {})
-        if version == 5:
-            state = {f"experts.0.{name}": tensor for name, tensor in state.items()}
-            state |= {f"router.{name}": tensor for name, tensor in synthesizer.router.state_dict().items()}
-        synthesizer.load_state_dict(with_added(state, synthesizer) if version < VERSION else state)
+        synthesizer.load_state_dict(in_full(content["state_dict"], content["scales"]))
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: a damaged synthesiser: make it again with {MAKER}") from error
     if not all(tensor.isfinite().all() for tensor in synthesizer.state_dict().values()):
         raise UserError(f"{path}: holds NaN or infinite weights: make it again with {MAKER}")
     return synthesizer.to(device).eval()
-
-
-def with_added(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """An earlier `state` of `module`, with the parameters that were ADDED since, which as they start change nothing."""
-    added = {name: tensor for name, tensor in module.state_dict().items() if ADDED & {*name.split(".")}}
-    return added | state
 
 
 def is_synthesizer(content) -> bool:

@@ -36,7 +36,7 @@ def draw_trials(
     for _ in range(networks):
         seed = drawn.getrandbits(31)
         torch.manual_seed(seed)
-        network = build() if build else draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES)
+        network = build() if build else draw_architecture(drawn, refused=EVALUATED_SHAPES, colour=True)
         graph = graph_of(network, data)
         known = (data.labels < graph.classes).nonzero().squeeze(1)
         batch = torch.randint(len(known), (images,)).to(known.device)
