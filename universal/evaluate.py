@@ -21,7 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripting import add_data_options, add_output_options, number, option_parser, run_script, save_json, table
+from scripting import (
+    add_data_options,
+    add_output_options,
+    mean_and_range,
+    number,
+    option_parser,
+    run_script,
+    save_json,
+    summary_statistics,
+    table,
+)
 from target_cnn import Dataset, TargetCNN, flatten_weights, score, scoring_data, training_data
 from universal.evaluation.baselines import (
     FIRST_STEPS,
@@ -112,14 +122,9 @@ def evaluate_network(
     (first_written,) = at_best_rates(starts["written"], train, data, seeds[0], points=1)
     first_random, epoch = at_best_rates(starts["random"], train, data, seeds[0], points=2)
     return {
-        "name": name, **summary(results), "seconds": median(seconds), "epoch": epoch,
+        "name": name, **summary_statistics(results), "seconds": median(seconds), "epoch": epoch,
         "first_steps": {"written": first_written, "random": first_random},
     }  # fmt: skip
-
-
-def summary(accuracies: list[float]) -> dict[str, float]:
-    """Mean, minimum and maximum of accuracies in percent."""
-    return {"mean": fmean(accuracies), "minimum": min(accuracies), "maximum": max(accuracies)}
 
 
 def networks_table(rows: list[dict]) -> str:
@@ -132,7 +137,7 @@ def networks_table(rows: list[dict]) -> str:
     for row in rows:
         epoch, starts = row["epoch"], row["first_steps"].values()
         cells.append([
-            row["name"], f"{row['mean']:.2f} ({row['minimum']:.2f} to {row['maximum']:.2f})", f"{row['seconds']:.2f}",
+            row["name"], mean_and_range(row), f"{row['seconds']:.2f}",
             f"{epoch['accuracy_percent']:.2f}", f"{epoch['learning_rate']:g}", f"{epoch['seconds']:.2f}",
             *(f"{start['accuracy_percent']:.2f}" for start in starts),
         ])  # fmt: skip
