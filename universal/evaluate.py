@@ -58,7 +58,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the trained synthesiser")
     parser.add_argument(
         "--networks", nargs="+", choices=EVALUATED, metavar="NAME", default=list(EVALUATED),
-        help=f"networks to evaluate, of {', '.join(map(repr, EVALUATED))}; with TargetCNN, how it trains on as well",
+        help="networks to evaluate; of TargetCNN, how it trains on as well",
     )  # fmt: skip
     parser.add_argument("--inits", type=number(int, 2, 1000), default=5, help="unseen inits, from seeds SEED on")
     add_output_options(parser, plot="assets/universal.png", results="universal_results.json")
