@@ -78,8 +78,8 @@ class Writing:
         """Write a call's parameters; what it then gives for the probes' `inputs`."""
         if not call.parts and not isinstance(call, Layer):
             return call.of(self.weights, inputs)
-        writers = {Layer: self.write_layer, Norm: self.write_norm, Shift: self.write_shift, Gain: self.write_gain}
-        return writers[type(call)](call, inputs)
+        writers = {Layer: self.write_layer, Norm: self.write_norm, Gain: self.write_gain, Shift: self.write_shift}
+        return next(write for kind, write in writers.items() if isinstance(call, kind))(call, inputs)
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
         about = self.expert.describe(description_of(layer, self.graph, self.step).to(inputs))
@@ -154,8 +154,9 @@ class Writing:
             values = values + self.expert.place_scale.exp() * unit_rms(functions)
         others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
         values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
+        values = shift.parameter(values)
         shift.part.put(self.written, values, self.weights)
-        return inputs + values
+        return shift(inputs, values)
 
     def write_gain(self, gain: Gain, inputs: Tensor) -> Tensor:
         """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
@@ -164,9 +165,9 @@ class Writing:
         scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
         shape = [1] * len(gain.shape)
         shape[gain.axis % len(shape)] = -1
-        values = scale.view(shape).expand(gain.shape)
+        values = gain.parameter(scale.view(shape).expand(gain.shape))
         gain.part.put(self.written, values, self.weights)
-        return inputs * values
+        return gain(inputs, values)
 
 
 def with_frozen(
