@@ -359,7 +359,7 @@ RATIOS = {
 }  # fmt: skip
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
-CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot}
+CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot, F.scaled_dot_product_attention}
 # Layers that cannot be written, by the names of their functions.
 REFUSED = {
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
