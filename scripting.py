@@ -182,10 +182,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str) -> None:
-    """The options of a script that saves a picture and a record, by default under these names."""
+def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str | None) -> None:
+    """The options of a script that saves a picture and maybe a record, by default under these names."""
     parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot), help="picture to save")
-    parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
+    if results:
+        parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
