@@ -8,12 +8,13 @@ which all its layers know.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.mnist import IMAGE_CHANNELS
+from universal.mnist import IMAGE_SHAPE
 from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import (
     DESCRIPTION,
@@ -31,6 +32,7 @@ from universal.model.weights import Writer
 from universal.reading.calls import Call, Gain, Layer, Norm, Shift
 from universal.reading.graph import ComputationGraph
 
+LEARNED_CHANNELS = 3  # of inputs, whose keys are learned; what further ones, of tables and signals, are is only random
 LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
 
 
@@ -75,15 +77,15 @@ class Expert(nn.Module):
 
     def __init__(
         self, probes: int, convolution_probes: int, classes: int, dimension: int, concepts: int, rank: int, hidden: int,
-        tuning: Tuning | None,
+        tuning: Tuning | None, shape: Sequence[int] = IMAGE_SHAPE,
     ):  # fmt: skip
         super().__init__()
         self.convolution_probes = convolution_probes
-        self.task = Task(probes, classes, concepts, dimension)
+        self.task = Task(probes, classes, concepts, dimension, shape)
         self.describe = mlp(DESCRIPTION, hidden, dimension)
         self.reader = Reader(dimension, hidden, rank)
         self.writer = Writer(dimension, hidden, rank, concepts, tuning)
-        self.image_keys = nn.Parameter(torch.randn(max(IMAGE_CHANNELS), dimension))
+        self.image_keys = nn.Parameter(torch.randn(LEARNED_CHANNELS, dimension))
         self.place_key = nn.Linear(FREQUENCIES**2, dimension, bias=False)
         self.key = ConditionedMLP(dimension, dimension, hidden, dimension)
         self.key_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
@@ -99,15 +101,17 @@ class Expert(nn.Module):
     ) -> dict[str, Tensor]:
         """New weights for `graph`, by name, from its current `weights`. `step` 0 starts from a random init.
 
-        Raises ValueError if the graph has more classes than the task.
+        Raises ValueError if the graph takes other inputs than the task has, or has more classes.
         """
         task = task or self.task
-        if graph.classes > task.labels.shape[1]:
+        shape, most = [*task.probes.shape[1:]], task.labels.shape[1]
+        if [*graph.example.shape[1:]] != shape or graph.classes > most:
             raise ValueError(
-                f"{graph.last.name}: has {graph.classes} classes, but the synthesiser knows {task.labels.shape[1]}"
+                f"{graph.last.name}: has {graph.classes} classes of inputs of shape {[*graph.example.shape[1:]]}, but "
+                f"the synthesiser was trained for {most} at most, of inputs of shape {shape}"
             )
         written: dict[str, Tensor] = {}
-        images = self.image_keys[: graph.image_channels]
+        images = self.keys_of_inputs(graph.channels)
         keys = NeuronRows(graph, images)
         means = NeuronRows(graph, torch.zeros_like(images[:, 0]))  # of the neurons' standardised responses
         variant: Tensor | None = None
@@ -134,16 +138,19 @@ class Expert(nn.Module):
                 weight = self.writer.classes(layer, read_keys, about, features, task)
                 if features is not None and not layer.bias:
                     weight = without_preference(weight, read.mean(0), features)
-                weight, bias, responses = self.writer.classes_to_scale(layer, inputs, weight, about, len(probes))
+                mean = inputs.new_zeros(layer.shape[0])
+                new = self.writer.classes_to_scale(layer, inputs, weight, about, len(probes))
+                weight, bias, responses = with_frozen(layer, inputs, weights, mean, *new)
                 keys.add(inputs.new_zeros(layer.shape[0], read_keys.shape[1]))  # no layer reads these
-                means.add(torch.zeros_like(bias))
+                means.add(mean)
             else:
                 neurons = self.reader.neurons(reading, layer.bias and layer.bias.of(weights), about)
                 whole = inputs if len(inputs) == len(probes) else None
                 weight, mean = self.writer.hidden(layer, whole, read_keys, neurons, about, features, task)
                 gain = self.writer.scalar("gain", layer, about)
                 means.add(gain * mean)
-                weight, bias, responses = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
+                new = self.writer.to_scale(layer, inputs, weight, mean, gain, about)
+                weight, bias, responses = with_frozen(layer, inputs, weights, mean, *new)
                 key = self.key(neurons, about)
                 if self.seen.weight.requires_grad or self.seen.weight.any():
                     key = key + self.seen(seen_by(layer, responses, len(probes), task))
@@ -155,7 +162,7 @@ class Expert(nn.Module):
 
         def write_norm(norm: Norm, inputs: Tensor) -> Tensor:
             """The probes' activations after the norm: neurons come out with a variance of 1, and their wanted means."""
-            parameters, outputs = written_norm(norm, inputs, means.of(norm.channels))
+            parameters, outputs = written_norm(norm, inputs, means.of(norm.channels), weights)
             for name, part in norm.parameters.items():
                 part.put(written, parameters[name], weights)
             return outputs
@@ -176,7 +183,7 @@ class Expert(nn.Module):
         def write_gain(gain: Gain, inputs: Tensor) -> Tensor:
             """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
             variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
-            keeps = gain.of_last or gain.channels.max() <= graph.image_channels  # classes and pixels have their scales
+            keeps = gain.of_last or gain.channels.max() <= graph.channels  # classes and pixels have their scales
             scale = torch.ones_like(variance) if keeps else self.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
             shape = [1] * len(gain.shape)
             shape[gain.axis % len(shape)] = -1
@@ -187,12 +194,42 @@ class Expert(nn.Module):
         def write(call: Call, inputs: Tensor) -> Tensor:
             if isinstance(call, Layer):
                 return write_layer(call, inputs)
+            if not call.parts:
+                return call.of(weights, inputs)
             if isinstance(call, Gain):
                 return write_gain(call, inputs)
             return write_norm(call, inputs) if isinstance(call, Norm) else write_shift(call, inputs)
 
         graph.write(probes, written, write)
         return balance(graph, written)
+
+    def keys_of_inputs(self, channels: int) -> Tensor:
+        """The keys of the inputs' channels, [channels, dimension]."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (max(0, channels - LEARNED_CHANNELS), self.image_keys.shape[1])
+        more = torch.randn(shape, dtype=torch.float32, generator=generator)
+        return torch.cat([self.image_keys[:channels], more.to(self.image_keys)])
+
+
+def with_frozen(
+    layer: Layer, inputs: Tensor, weights: dict[str, Tensor], mean: Tensor, weight: Tensor, bias: Tensor | None,
+    responses: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """A layer's weight and bias, and its responses to `inputs`, with what is frozen as in `weights`.
+
+    The bias of a frozen weight brings its neurons to so many deviations, `mean`, in the mean.
+    """
+    if not any(part.frozen for part in (layer.weight, layer.bias) if part):
+        return weight, bias, responses
+    if layer.bias and layer.bias.frozen:
+        bias = layer.bias.of(weights)
+    if layer.weight.frozen:
+        weight = layer.weight.of(weights)
+        if layer.bias and not layer.bias.frozen:
+            rows = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
+            bias = mean * rows.std(0, correction=0) - rows.mean(0)
+    bias = bias if layer.bias else None
+    return weight, bias, layer(inputs, weight, bias)
 
 
 def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
@@ -235,11 +272,14 @@ def responses_of(layer: Layer, features: Tensor, weights: dict[str, Tensor], tas
     return F.layer_norm(responses.T @ task.responses[: len(responses)], task.responses.shape[1:])
 
 
-def written_norm(norm: Norm, inputs: Tensor, means: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def written_norm(
+    norm: Norm, inputs: Tensor, means: Tensor, weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
     """The parameters of a norm by which neurons come out with a variance of 1 and these `means`; and what comes out.
 
-    The classes keep their scales. Running statistics are those of `inputs`.
+    The classes keep their scales. Running statistics are those of `inputs`. What is frozen is as in `weights`.
     """
+    frozen = {name: part.of(weights) for name, part in norm.parameters.items() if part.frozen}
 
     def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         rows = values.movedim(norm.axis, 0).flatten(1)
@@ -252,12 +292,13 @@ def written_norm(norm: Norm, inputs: Tensor, means: Tensor) -> tuple[dict[str, T
     if norm.of_last:
         parameters |= {"weight": variance.mean().sqrt().expand(mean.shape), "bias": torch.zeros_like(mean)}
     else:
-        scale = torch.rsqrt(spread + 1e-2)
+        own = frozen.get("weight")
+        scale = torch.rsqrt(spread + 1e-2) if own is None else own.reshape(len(mean), -1).mean(1)
         parameters |= {"weight": scale, "bias": means.clamp(-1, 1) - shift * scale}
     if norm.places:
         for name in ("weight", "bias"):
             parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)
-    parameters = {name: value for name, value in parameters.items() if name in norm.parameters}
+    parameters = {name: value for name, value in parameters.items() if name in norm.parameters} | frozen
     return parameters, norm(inputs, **parameters)
 
 
