@@ -569,7 +569,9 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
         made = synthesizer.synthesize(mlp([20]), seed=0)
     with pytest.raises(ValueError, match=r"1\.weight: was made in inference mode"):
         synthesizer.synthesize(made, seed=0)
-    with pytest.raises(ValueError, match=r"has 11 classes of .* trained for 10 at most, of inputs of shape \[1, 28, 28\]"):
+    with pytest.raises(
+        ValueError, match=r"has 11 classes of .* trained for 10 at most, of inputs of shape \[1, 28, 28\]"
+    ):
         synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
 
 

@@ -1,5 +1,6 @@
 """Training the model: what is drawn, what is learned, and how a training goes on."""
 
+import functools
 import itertools
 import os
 import random
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
+import target_cnn
 from target_cnn import TargetCNN, score
 from universal import load_synthesizer, train
 from universal.evaluation.networks import EVALUATED_SHAPES, cnn, mlp
@@ -34,7 +35,8 @@ from universal.training.architectures import (
 )
 from universal.training.blocks import BLOCKS, Maps
 
-OPTIONS = ["--batch-size", 8, "--validation", 500, "--families", "mlp"]
+OPTIONS = ["--batch-size", 8, "--validation", 100, "--families", "mlp"]
+SMALL = {"dimension": 32, "concepts": 32, "rank": 8}  # of a synthesiser of which a step is cheap
 
 
 # ---- what is drawn --------------------------------------------------------------------------------------------------
@@ -112,10 +114,17 @@ def test_the_sampler_never_returns_what_is_evaluated(monkeypatch):
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _images_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target_cnn, "load_mnist", functools.cache(target_cnn.load_mnist))
+        yield
+
+
 @pytest.fixture
 def start(tmp_path) -> list:
-    """The option that starts from a small synthesiser, of which a step is cheap."""
-    save_synthesizer(small_synthesizer(0), tmp_path / "small.pth")
+    """The option that starts from a small synthesiser."""
+    save_synthesizer(small_synthesizer(0, **SMALL), tmp_path / "small.pth")
     return ["--start-from", tmp_path / "small.pth"]
 
 
@@ -146,7 +155,8 @@ def process(directory: Path, name: str, *options, **environment: str) -> subproc
 
 
 def test_training_improves(trained, capsys):
-    trained("run", "--batch-size", 32, "--probes", 40, "--steps", 24, "--report-every", 8, "--lr", 4e-3)
+    options = ["--batch-size", 32, "--validation", 500, "--probes", 40, "--lr", 4e-3]
+    trained("run", *options, "--steps", 24, "--report-every", 8)
     printed = capsys.readouterr().out
     accuracies = [
         float(accuracy) for accuracy in re.findall(r"Accuracy = +(\d+\.\d+)% \(mlp\), Time Left = \d", printed)
@@ -158,7 +168,7 @@ def test_training_improves(trained, capsys):
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path, trained, start, refusal, capsys):
-    options = [*start, "--steps", 3, "--report-every", 1, "--families", "mlp", "convolutions"]
+    options = [*start, "--steps", 3, "--report-every", 1]
     expected = trained("whole", *options)
     with process(tmp_path, "killed", *options) as killed:
         for line in killed.stdout:
@@ -185,7 +195,7 @@ def test_two_processes_train_together(tmp_path, trained, start, monkeypatch, cap
     with process(tmp_path, "both", *options, RANK="1", LOCAL_RANK="1", **place) as second:
         for name, value in {**place, "RANK": "0", "LOCAL_RANK": "0"}.items():
             monkeypatch.setenv(name, value)
-        waiting = partial(dist.init_process_group, timeout=timedelta(seconds=60))
+        waiting = functools.partial(dist.init_process_group, timeout=timedelta(seconds=60))
         monkeypatch.setattr(dist, "init_process_group", waiting)
         both = trained("both", *options)
         printed, errors = second.communicate(timeout=60)
@@ -200,7 +210,7 @@ def test_two_processes_train_together(tmp_path, trained, start, monkeypatch, cap
 
 
 def test_training_goes_on_from_an_earlier_synthesiser(tmp_path, trained, refusal):
-    synthesizer, path = small_synthesizer(0, experts=2), tmp_path / "earlier.pth"
+    synthesizer, path = small_synthesizer(0, experts=2, **SMALL), tmp_path / "earlier.pth"
     synthesizer.seconds = {"recording": 0.0, "training": 1000.0}
     save_synthesizer(synthesizer, path)
     later = trained("later", "--start-from", path, "--steps", 1, "--lr", 1e-9)
