@@ -15,6 +15,7 @@ from torch import Tensor
 
 from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
+from universal.model.sizes import LARGEST, bounded, centred
 from universal.model.task import Task
 from universal.reading.calls import Call, Gain, Layer, Norm, Shift
 from universal.reading.graph import ComputationGraph
@@ -97,7 +98,7 @@ class Writing:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The weight and bias of a hidden layer, and the probes' responses."""
         expert, writer = self.expert, self.expert.writer
-        features = None if read is None else read - read.mean(0)
+        features = None if read is None else centred(read)
         reading = expert.reader.read(layer, keys, self.weights, about)
         if features is not None:
             reading = reading + responses_of(layer, features, self.weights, self.task)
@@ -121,7 +122,7 @@ class Writing:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weight and bias of the last layer, and the probes' responses."""
         writer = self.expert.writer
-        features = None if read is None else read - read.mean(0)
+        features = None if read is None else centred(read)
         if self.variant is not None:
             about = about + self.variant
         weight = writer.classes(layer, keys, about, features, self.task)
@@ -147,6 +148,7 @@ class Writing:
             functions = cosines_at(shift.places.to(inputs)) @ self.expert.place_values(self.keys.of(shift.channels)).T
             functions = functions - functions.mean(0)
             values = values + self.expert.place_scale.exp() * unit_rms(functions)
+        values = bounded(values)
         others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
         values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
         shift.part.put(self.written, values, self.weights)
@@ -156,7 +158,8 @@ class Writing:
         """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
         variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
         keeps = gain.of_last or gain.channels.max() <= self.graph.image_channels  # classes, pixels: as they are
-        scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
+        scale = self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
+        scale = torch.ones_like(variance) if keeps else bounded(scale)
         shape = [1] * len(gain.shape)
         shape[gain.axis % len(shape)] = -1
         values = scale.view(shape).expand(gain.shape)
@@ -170,7 +173,8 @@ def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor
     ridge = mean.new_tensor([0.1])
     direction = mean - ridge_regression(features, (features @ mean)[:, None], ridge)[0]
     flat = weight.flatten(1)
-    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean + 1e-8)).view_as(weight)
+    least = mean @ mean / LARGEST + 1e-12
+    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean).clamp(min=least)).view_as(weight)
 
 
 def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor, probes: int) -> Tensor | None:
@@ -222,7 +226,7 @@ def written_norm(norm: Norm, inputs: Tensor, means: Tensor) -> tuple[dict[str, T
         parameters |= {"weight": variance.mean().sqrt().expand(mean.shape), "bias": torch.zeros_like(mean)}
     else:
         scale = torch.rsqrt(spread + 1e-2)
-        parameters |= {"weight": scale, "bias": means.clamp(-1, 1) - shift * scale}
+        parameters |= {"weight": scale, "bias": bounded(means.clamp(-1, 1) - shift * scale)}
     if norm.places:
         for name in ("weight", "bias"):
             parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)
