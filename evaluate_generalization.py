@@ -55,12 +55,11 @@ def parse_options() -> argparse.Namespace:
         "diffusion_evaluation_plot.png",
     )
     parser.add_argument("--inits", type=number(int, 1, 1000), default=5, help="unseen inits, from seeds SEED on")
-    parser.add_argument("--reference", type=Path, help="directory of a run recorded from another seed, to compare with")
     parser.add_argument(
         "--reference-epochs",
         type=number(int, 0, 1000),
         default=1,
-        help="without --reference, train a CNN from another seed for so many epochs to compare with; 0 for none",
+        help="train a CNN from another seed for so many epochs, to compare with; 0 for none",
     )
     parser.add_argument(
         "--results", type=output_file(".json"), default=Path("generalization_results.json"), help="record to save"
@@ -84,7 +83,6 @@ def main() -> None:
         refuse_recorded(init, recorded, options.seed + index)
     directory, run = next(iter(runs.items()))
     log = load_log(directory)
-    reference = load_run(find_runs(options.reference)[0])[-1] if options.reference else None
     model = load_generator(options.model, len(inits[0]), options.device)
     print(f"Diffusion model loaded from {options.model}")
     data = scoring_data(options.data, options.validation, options.device)
@@ -113,8 +111,7 @@ def main() -> None:
         print(f"Warning: Original weight file {checkpoint_path(directory, epoch)} not found. Skipping.")
     print(steps_table(generated_scores), flush=True)
 
-    if reference is None and options.reference_epochs:
-        reference = train_reference(options)
+    reference = train_reference(options) if options.reference_epochs else None
     record = assess(
         starts,
         states,

@@ -13,7 +13,8 @@ from torch import nn
 from scripting import UserError
 from target_cnn import TargetCNN, flatten_weights, score
 from universal import GraphWeightSynthesizer, evaluate, load_synthesizer
-from universal.evaluation.networks import EVALUATED, VisionTransformer, cnn, mlp
+from universal.evaluation.networks import EVALUATED, ResidualBlock, VisionTransformer, cnn, mlp
+from universal.mnist import IMAGE_SHAPE
 from universal.model import algebra
 from universal.model.algebra import InverseSquareRoot, decorrelate
 from universal.model.balance import balance
@@ -21,15 +22,8 @@ from universal.model.description import cosines_of
 from universal.model.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
 from universal.model.writing import NeuronRows
 from universal.reading.graph import ComputationGraph
-from universal.training.architectures import (
-    Concatenation,
-    Gain,
-    Gate,
-    ResidualBlock,
-    Sum,
-    Tokens,
-    Transposed,
-)
+from universal.training.architectures import Tokens
+from universal.training.blocks import Concatenation, Gain, Gate, Sum, Transposed
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
 PROBES = "experts.0.task.probes"
@@ -458,7 +452,8 @@ def test_without_a_seed_the_module_s_own_weights_are_the_init(synthesizer):
 
 def test_every_parameter_is_written_or_left_and_named(synthesizer):
     torch.manual_seed(0)
-    network = Tokens(7, 8, [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)], 10, True, True, norm=False)
+    blocks = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]
+    network = Tokens(IMAGE_SHAPE, 7, 8, blocks, 10, places=True, class_token=True, norm=False)
     network.dead = nn.BatchNorm1d(3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     accounts = synthesizer.write(network)
@@ -575,7 +570,9 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
         made = synthesizer.synthesize(mlp([20]), seed=0)
     with pytest.raises(ValueError, match=r"1\.weight: was made in inference mode"):
         synthesizer.synthesize(made, seed=0)
-    with pytest.raises(ValueError, match="has 11 classes, but the synthesiser knows 10"):
+    with pytest.raises(
+        ValueError, match=r"has 11 classes of .* trained for 10 at most, of inputs of shape \[1, 28, 28\]"
+    ):
         synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
 
 

@@ -1,5 +1,6 @@
 """Training the model: what is drawn, what is learned, and how a training goes on."""
 
+import itertools
 import random
 import re
 import signal
@@ -20,10 +21,13 @@ from universal.evaluation.networks import EVALUATED_SHAPES, cnn, mlp
 from universal.model.synthesizer import random_weights, save_synthesizer
 from universal.reading.graph import ComputationGraph
 from universal.training.architectures import (
+    ACTIVATIONS,
     FAMILIES,
+    MOST_MULTIPLICATIONS,
     draw_architecture,
     parameter_shapes,
 )
+from universal.training.blocks import BLOCKS, Maps
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
 PROBES = "experts.0.task.probes"
@@ -33,71 +37,73 @@ CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a conv
 # ---- what is drawn --------------------------------------------------------------------------------------------------
 
 
-def test_drawn_architectures_can_be_read_and_cover_the_kinds():
-    draw = random.Random(3)
-    seen = set()
-    for _ in range(250):
-        network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
-        assert parameter_shapes(network) not in EVALUATED_SHAPES
+def test_drawn_architectures_cover_what_people_build():
+    draw, seen = random.Random(3), set()
+    networks = [draw_architecture(draw, refused=EVALUATED_SHAPES, colour=True) for _ in range(250)]
+    assert not any(parameter_shapes(network) in EVALUATED_SHAPES for network in networks)
+    for network in networks:
+        modules = list(network.modules())
+        convolutions = [module for module in modules if isinstance(module, nn.Conv1d | nn.Conv2d)]
+        seen |= {type(module).__name__ for module in modules}
+        seen |= {f"{min(len(convolutions), 10)} convolutions"}
+        seen |= {f"kernel {convolution.kernel_size[0]}" for convolution in convolutions}
+        seen |= {"stride" for convolution in convolutions if convolution.stride == (2, 2)}
+        seen |= {"depthwise" for convolution in convolutions if convolution.groups > 1}
+        seen |= {"3 channels" for convolution in convolutions[:1] if convolution.in_channels == 3}
+    activations = {activation.__name__ for activation in ACTIVATIONS}
+    norms = {"BatchNorm2d", "BatchNorm1d", "GroupNorm", "InstanceNorm2d", "LayerNorm"}
+    modules = {
+        "Conv1d", "Gain", "Shuffled", "Sum", "Concatenation", "Gate", "Tokens", "TransformerEncoderLayer", "Transposed",
+        "MaxPool2d", "AvgPool2d", "AdaptiveAvgPool2d",
+    }  # fmt: skip
+    options = {"stride", "depthwise", "3 channels", *(f"{n} convolutions" for n in (0, 1, 2, 3, 4, 6, 8, 10))}
+    assert activations | norms | modules | options | {f"kernel {n}" for n in (1, 3, 5, 7)} <= seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_single_family_is_drawn_and_can_be_read(family):
+    draw = random.Random(0)
+    networks = [draw_architecture(draw, families=[family], colour=True) for _ in range(8)]
+    for network in networks:
         graph = ComputationGraph(network)
         assert graph.classes == 10
         assert set(graph.left) <= {"first"}  # the class token
-        convolutions = sum(layer.is_convolution for layer in graph.layers)
-        seen |= {f"{min(convolutions, 10)} convolutions", f"{graph.image_channels} channels"}
-        seen |= {type(module).__name__ for module in network.modules()}
-        seen |= {f"kernel {layer.shape[-1]}" for layer in graph.layers if layer.is_convolution}
-        seen |= {"stride" for layer in graph.layers if layer.options.get("stride") == (2, 2)}
-        seen |= {"depthwise" for layer in graph.layers if layer.groups > 1}
-        seen |= {"pooled" for layer in graph.layers if layer.last and layer.pooled}
-    activations = {
-        "ReLU",
-        "GELU",
-        "SiLU",
-        "LeakyReLU",
-        "ELU",
-        "SELU",
-        "Tanh",
-        "Sigmoid",
-        "Hardswish",
-        "ReLU6",
-        "Softplus",
-    }
-    norms = {"BatchNorm2d", "BatchNorm1d", "GroupNorm", "InstanceNorm2d", "LayerNorm"}
-    kinds = {
-        "Conv1d",
-        "Gain",
-        "Shuffled",
-        "Sum",
-        "Concatenation",
-        "Gate",
-        "Tokens",
-        "TransformerEncoderLayer",
-        "Transposed",
-        "MaxPool2d",
-        "AvgPool2d",
-    }
-    kinds |= {"stride", "depthwise", "pooled", "3 channels", *(f"{n} convolutions" for n in (0, 1, 2, 3, 4, 6, 8, 10))}
-    assert activations | norms | kinds | {f"kernel {n}" for n in (1, 3, 5, 7)} <= seen
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_single_kinds_are_drawn(kind):
-    draw = random.Random(0)
-    networks = [draw_architecture(draw, classes=10, kinds=[kind]) for _ in range(20)]
+        assert graph.convolutional == (family != "mlp")
     types = [{type(module).__name__ for module in network.modules()} for network in networks]
-    graphs = [ComputationGraph(network) for network in networks]
-    assert all(("Tokens" in seen) == (kind == "tokens") for seen in types)
-    assert all(graph.convolutional == (kind != "mlp") for graph in graphs)
+    assert all(("Tokens" in seen) == (family == "tokens") for seen in types)
     others = {"AdaptiveAvgPool2d", "GELU", "BatchNorm2d", "Concatenation"} & set().union(*types)
-    assert kind != "ordinary" or not others
-    assert kind != "convolutions" or len(others) > 2
+    assert family != "ordinary" or not others
+    assert family != "convolutions" or len(others) > 2
+
+
+@pytest.mark.parametrize("inputs, classes", [((3, 32, 32), 2), ((1, 64, 64), 7), ((3, 48, 64), 100), ((4, 16, 17), 5)])
+def test_networks_are_drawn_for_any_images_and_classes(inputs, classes):
+    draw = random.Random(0)
+    images = torch.randn(2, *inputs)
+    for family in FAMILIES:
+        for _ in range(5):
+            network = draw_architecture(draw, inputs, classes, families=[family]).eval()
+            assert network(images).shape == (2, classes)
+            assert sum(parameter.numel() for parameter in network.parameters()) <= MOST_MULTIPLICATIONS
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.add.__name__)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_block_gives_the_maps_that_it_says(block, deep):
+    draw = random.Random(0)
+    for norm, stride, width in itertools.product((None, "batch", "group"), (1, 2), (8, 16)):
+        maps = Maps(draw, (8, 12, 20), nn.ReLU, norm, deep)
+        block.add(maps, width, stride)
+        shape = nn.Sequential(*maps.layers)(torch.randn(2, 8, 12, 20)).shape
+        assert shape == (2, maps.channels, *maps.size)
+        assert maps.multiplications > 0
 
 
 def test_the_sampler_never_returns_what_is_evaluated(monkeypatch):
     evaluated, allowed = mlp([200, 200]), mlp([21])
     draws = iter([evaluated, evaluated, allowed])
-    monkeypatch.setitem(FAMILIES, "mlp", (1, lambda draw, classes: next(draws)))
-    assert draw_architecture(random.Random(0), 10, EVALUATED_SHAPES, kinds=["mlp"]) is allowed
+    monkeypatch.setitem(FAMILIES, "mlp", (1, lambda *_: next(draws)))
+    assert draw_architecture(random.Random(0), refused=EVALUATED_SHAPES, families=["mlp"]) is allowed
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

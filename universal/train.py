@@ -206,7 +206,7 @@ class Training:
         # A seed of its own for every step and process: a resumed training draws what the killed one would have drawn.
         drawn = random.Random(f"{options.seed} {self.step} {self.rank}")
         torch.manual_seed(drawn.getrandbits(31))
-        network = draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES, kinds=options.kinds)
+        network = draw_architecture(drawn, refused=EVALUATED_SHAPES, families=options.kinds, colour=True)
         graph = ComputationGraph(network.to(options.device, memory_format=torch.channels_last))
         (earlier,) = drawn.choices(list(EARLIER_STEPS), EARLIER_STEPS.values())
         convolutional = graph.convolutional
@@ -374,7 +374,7 @@ def tried(
     torch.manual_seed(seed)
     about, losses = [], []
     for _ in range(networks):
-        network = draw_architecture(draw, classes=10, refused=EVALUATED_SHAPES)
+        network = draw_architecture(draw, refused=EVALUATED_SHAPES, colour=True)
         graph = ComputationGraph(network.to(data.images.device, memory_format=torch.channels_last))
         init = fresh_init(graph, draw.getrandbits(31), data.images.device)
         some = data[torch.randint(len(data.labels), (images,))]

@@ -6,6 +6,7 @@ that these make writes the network (`universal.model.expert`).
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scripting import UserError, load_file, save_tensors
+from universal.mnist import IMAGE_SHAPE
 from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
 from universal.model.task import Task
@@ -46,10 +48,10 @@ class GraphWeightSynthesizer(nn.Module):
     """(graph, current weights, step, task) -> new weights, equivariant to permutations of hidden neurons.
 
     Each of its `experts` has learned its own task, MNIST, with so many `probes`, of which networks with convolutions,
-    where each costs more, only see the first `convolution_probes`; `classes` is the most that a network may have,
-    `dimension` the size of a neuron's embedding, `concepts` that of the space in which hidden linear neurons get their
-    targets, `rank` the number of mixed position functions in a kernel, `hidden` the width of every MLP; `tunable` gives
-    it the numbers of `universal.model.tuning`.
+    where each costs more, only see the first `convolution_probes`; `shape` is that of the inputs and `classes` the most
+    that a network may have, `dimension` the size of a neuron's embedding, `concepts` that of the space in which hidden
+    linear neurons get their targets, `rank` the number of mixed position functions in a kernel, `hidden` the width of
+    every MLP; `tunable` gives it the numbers of `universal.model.tuning`.
     """
 
     def __init__(
@@ -63,11 +65,12 @@ class GraphWeightSynthesizer(nn.Module):
         hidden: int = 512,
         tunable: bool = False,
         experts: int = 1,
+        shape: Sequence[int] = IMAGE_SHAPE,
     ):
         super().__init__()
         sizes = {
             "probes": probes, "convolution_probes": convolution_probes, "classes": classes, "dimension": dimension,
-            "concepts": concepts, "rank": rank, "hidden": hidden,
+            "concepts": concepts, "rank": rank, "hidden": hidden, "shape": tuple(shape),
         }  # fmt: skip
         self.settings = sizes | {"tunable": tunable, "experts": experts}
         self.seconds: dict[str, float] = {}  # what making it cost, as the diffusion models have it
@@ -82,7 +85,7 @@ class GraphWeightSynthesizer(nn.Module):
     ) -> dict[str, Tensor]:
         """New weights for `graph`, by name, from its current `weights`. `step` 0 starts from a random init.
 
-        Raises ValueError if the graph has more classes than the task.
+        Raises ValueError if the graph takes other inputs than the task has, or has more classes.
         """
         first, *others = self.experts
         if not others:
@@ -128,7 +131,8 @@ class GraphWeightSynthesizer(nn.Module):
         module cannot be read (`ComputationGraph`), has too many classes, holds NaN or makes NaN of the
         probes.
         """
-        return self.fill(ComputationGraph(module), seed, steps)
+        example = None if self.settings["shape"] == IMAGE_SHAPE else self.task.probes
+        return self.fill(ComputationGraph(module, example), seed, steps)
 
     @torch.no_grad()
     def fill(self, graph: ComputationGraph, seed: int | None = None, steps: int = 1) -> Accounts:
@@ -171,7 +175,7 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
     for layer in graph.layers:
         bound = 1 / math.sqrt(math.prod(layer.shape[1:]))
         for part, shape in ((layer.weight, layer.shape), (layer.bias, layer.shape[:1])):
-            if part is not None:
+            if part is not None and not part.frozen:
                 values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
                 part.put(weights, values, own)
     return weights

@@ -1,25 +1,28 @@
 """What is learned of a task, apart from what is learned of networks: probes, their labels, and what they stand for."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.mnist import IMAGE_SIDE
+from universal.mnist import IMAGE_SHAPE
 
 
 class Task(nn.Module):
-    """A classification of images, as a generator of weights knows it.
+    """A classification of inputs of some `shape`, as a generator of weights knows it.
 
-    `probes` [probes, 1, 28, 28] are learned images and `labels` [probes, classes] what is to be said of them;
+    `probes` [probes, *shape] are learned inputs and `labels` [probes, classes] what is to be said of them;
     `concepts` [probes, concepts] what hidden neurons may stand for; `classes` [classes, dimension] embeds the classes,
     and `responses` [probes, dimension] what it says of a neuron to respond to a probe.
     """
 
-    def __init__(self, probes: int, classes: int, concepts: int, dimension: int):
+    def __init__(
+        self, probes: int, classes: int, concepts: int, dimension: int, shape: Sequence[int] = IMAGE_SHAPE
+    ):  # fmt: skip
         super().__init__()
-        self.probes = nn.Parameter(torch.randn(probes, 1, IMAGE_SIDE, IMAGE_SIDE))
+        self.probes = nn.Parameter(torch.randn(probes, *shape))
         self.labels = nn.Parameter(torch.randn(probes, classes))
         self.concepts = nn.Parameter(torch.randn(probes, concepts))
         self.classes = nn.Parameter(torch.randn(classes, dimension))
@@ -27,7 +30,7 @@ class Task(nn.Module):
 
     @torch.no_grad()
     def start_from(self, images: Tensor, labels: Tensor) -> None:
-        """Before training: take real images [probes, 1, 28, 28] and labels [probes] as the probes."""
+        """Before training: take real inputs [probes, *shape] and labels [probes] as the probes."""
         one_hot = F.one_hot(labels, self.labels.shape[1]).float()
         self.probes.copy_(images)
         self.labels.copy_(one_hot - 1 / self.labels.shape[1])

@@ -13,6 +13,7 @@ from universal.model.task import Task
 from universal.model.tuning import Tuning
 from universal.reading.calls import Layer
 
+LARGEST = 30.0  # logarithm of a scalar, however deep a network is
 POSITIONS = 3  # along each side of the maps, at which regressions look at what a convolution reads
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
@@ -79,7 +80,7 @@ class Writer(nn.Module):
             fitted = ridge_regression(features, wanted_of(len(features)), ridge)
             share = self.scalar("concept_share", layer, about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
-        if layer.is_convolution and inputs is not None:
+        if layer.has_window and inputs is not None:
             share = self.patch_share(about)
             if share.requires_grad or share != 0:
                 patches = layer.patches(inputs, POSITIONS)
@@ -115,7 +116,7 @@ class Writer(nn.Module):
         dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
         dual = dual.view(layer.groups, -1, self.dimension)
         functions = self.functions(layer, about)
-        expanded = (self.kernels if layer.is_convolution else self.maps)(codes)
+        expanded = (self.kernels if layer.has_window else self.maps)(codes)
         expanded = expanded.view(layer.groups, -1, self.rank, self.dimension)
         # Whichever way makes less of it: along the positions first, or along the channels. Channels come last, so that
         # the weight of a convolution lies as channels-last has it, which is the fastest.
@@ -127,11 +128,11 @@ class Writer(nn.Module):
         return layer.weight_of(kernels / math.sqrt(kernels[0].numel() * self.rank * self.dimension))
 
     def scalar(self, name: str, layer: Layer, about: Tensor) -> Tensor:
-        """One of the positive numbers that depend on the layer, [1]."""
+        """One of the positive numbers that depend on the layer, [1], within exp(-LARGEST) and exp(LARGEST)."""
         logarithm = self.scalars[name](about) + SCALARS[name]
         if self.tuning is not None and name in self.tuning.names:
             logarithm = logarithm + self.tuning.offset(name, layer)
-        return logarithm.exp()
+        return logarithm.clamp(-LARGEST, LARGEST).exp()
 
     def to_scale(
         self, layer: Layer, inputs: Tensor, weight: Tensor, mean: Tensor, gain: Tensor, about: Tensor
@@ -142,7 +143,7 @@ class Writer(nn.Module):
         deviations, `mean`, in the mean. They are also made less alike than they were. Of a convolution, a part of the
         probes is enough.
         """
-        some = inputs[:SCALING_PROBES] if layer.is_convolution else inputs
+        some = inputs[:SCALING_PROBES] if layer.has_window else inputs
         responses, own_mean, inverse = standardised_responses(layer, some, weight)
         responses = responses.unflatten(1, (layer.groups, -1))
         positions_first = weight.movedim(1, -1)  # as the weight of a convolution lies in memory

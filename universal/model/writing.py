@@ -65,7 +65,7 @@ class Writing:
     def __init__(self, expert: "Expert", graph: ComputationGraph, weights: dict[str, Tensor], step: int, task: Task):
         self.expert, self.graph, self.weights, self.step, self.task = expert, graph, weights, step, task
         self.probes = task.probes[: expert.convolution_probes if graph.convolutional else None]
-        images = expert.image_keys[: graph.image_channels]
+        images = expert.keys_of_inputs(graph.channels)
         self.keys, self.means = NeuronRows(graph, images), NeuronRows(graph, torch.zeros_like(images[:, 0]))
         self.variant: Tensor | None = None
         self.written: dict[str, Tensor] = {}
@@ -77,8 +77,10 @@ class Writing:
 
     def write_call(self, call: Call, inputs: Tensor) -> Tensor:
         """Write a call's parameters; what it then gives for the probes' `inputs`."""
-        writers = {Layer: self.write_layer, Norm: self.write_norm, Shift: self.write_shift, Gain: self.write_gain}
-        return writers[type(call)](call, inputs)
+        if not call.parts and not isinstance(call, Layer):
+            return call.of(self.weights, inputs)
+        writers = {Layer: self.write_layer, Norm: self.write_norm, Gain: self.write_gain, Shift: self.write_shift}
+        return next(write for kind, write in writers.items() if isinstance(call, kind))(call, inputs)
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
         about = self.expert.describe(description_of(layer, self.graph, self.step).to(inputs))
@@ -110,7 +112,8 @@ class Writing:
         weight, mean = writer.hidden(layer, whole, keys, neurons, about, features, self.task)
         gain = writer.scalar("gain", layer, about)
         self.means.add(gain * mean)
-        weight, bias, responses = writer.to_scale(layer, inputs, weight, mean, gain, about)
+        new = writer.to_scale(layer, inputs, weight, mean, gain, about)
+        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
         key = expert.key(neurons, about)
         if expert.seen.weight.requires_grad or expert.seen.weight.any():
             key = key + expert.seen(seen_by(layer, responses, len(self.probes), self.task))
@@ -128,14 +131,16 @@ class Writing:
         weight = writer.classes(layer, keys, about, features, self.task)
         if features is not None and not layer.bias:
             weight = without_preference(weight, read.mean(0), features)
-        weight, bias, responses = writer.classes_to_scale(layer, inputs, weight, about, len(self.probes))
+        mean = inputs.new_zeros(layer.shape[0])
+        new = writer.classes_to_scale(layer, inputs, weight, about, len(self.probes))
+        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
         self.keys.add(inputs.new_zeros(layer.shape[0], keys.shape[1]))  # no layer reads these
-        self.means.add(torch.zeros_like(bias))
+        self.means.add(mean)
         return weight, bias, responses
 
     def write_norm(self, norm: Norm, inputs: Tensor) -> Tensor:
         """The probes' activations after the norm: neurons come out with a variance of 1, and their wanted means."""
-        parameters, outputs = written_norm(norm, inputs, self.means.of(norm.channels))
+        parameters, outputs = written_norm(norm, inputs, self.means.of(norm.channels), self.weights)
         for name, part in norm.parameters.items():
             part.put(self.written, parameters[name], self.weights)
         return outputs
@@ -148,23 +153,43 @@ class Writing:
             functions = cosines_at(shift.places.to(inputs)) @ self.expert.place_values(self.keys.of(shift.channels)).T
             functions = functions - functions.mean(0)
             values = values + self.expert.place_scale.exp() * unit_rms(functions)
-        values = bounded(values)
         others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
         values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
+        values = bounded(shift.parameter(values))
         shift.part.put(self.written, values, self.weights)
-        return inputs + values
+        return shift(inputs, values)
 
     def write_gain(self, gain: Gain, inputs: Tensor) -> Tensor:
         """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
         variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
-        keeps = gain.of_last or gain.channels.max() <= self.graph.image_channels  # classes, pixels: as they are
-        scale = self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
-        scale = torch.ones_like(variance) if keeps else bounded(scale)
+        keeps = gain.of_last or gain.channels.max() <= self.graph.channels  # classes, pixels: as they are
+        scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
         shape = [1] * len(gain.shape)
         shape[gain.axis % len(shape)] = -1
-        values = scale.view(shape).expand(gain.shape)
+        values = bounded(gain.parameter(scale.view(shape).expand(gain.shape)))
         gain.part.put(self.written, values, self.weights)
-        return inputs * values
+        return gain(inputs, values)
+
+
+def with_frozen(
+    layer: Layer, inputs: Tensor, weights: dict[str, Tensor], mean: Tensor, weight: Tensor, bias: Tensor | None,
+    responses: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """A layer's weight and bias, and its responses to `inputs`, with what is frozen as in `weights`.
+
+    The bias of a frozen weight brings its neurons to so many deviations, `mean`, in the mean.
+    """
+    if not any(part.frozen for part in (layer.weight, layer.bias) if part):
+        return weight, bias, responses
+    if layer.bias and layer.bias.frozen:
+        bias = layer.bias.of(weights)
+    if layer.weight.frozen:
+        weight = layer.weight.of(weights)
+        if layer.bias and not layer.bias.frozen:
+            rows = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
+            bias = bounded(mean * rows.std(0, correction=0) - rows.mean(0))
+    bias = bias if layer.bias else None
+    return weight, bias, layer(inputs, weight, bias)
 
 
 def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
@@ -208,11 +233,14 @@ def responses_of(layer: Layer, features: Tensor, weights: dict[str, Tensor], tas
     return F.layer_norm(responses.T @ task.responses[: len(responses)], task.responses.shape[1:])
 
 
-def written_norm(norm: Norm, inputs: Tensor, means: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def written_norm(
+    norm: Norm, inputs: Tensor, means: Tensor, weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
     """The parameters of a norm by which neurons come out with a variance of 1 and these `means`; and what comes out.
 
-    The classes keep their scales. Running statistics are those of `inputs`.
+    The classes keep their scales. Running statistics are those of `inputs`. What is frozen is as in `weights`.
     """
+    frozen = {name: part.of(weights) for name, part in norm.parameters.items() if part.frozen}
 
     def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
         rows = values.movedim(norm.axis, 0).flatten(1)
@@ -225,10 +253,11 @@ def written_norm(norm: Norm, inputs: Tensor, means: Tensor) -> tuple[dict[str, T
     if norm.of_last:
         parameters |= {"weight": variance.mean().sqrt().expand(mean.shape), "bias": torch.zeros_like(mean)}
     else:
-        scale = torch.rsqrt(spread + 1e-2)
+        own = frozen.get("weight")
+        scale = torch.rsqrt(spread + 1e-2) if own is None else own.reshape(len(mean), -1).mean(1)
         parameters |= {"weight": scale, "bias": bounded(means.clamp(-1, 1) - shift * scale)}
     if norm.places:
         for name in ("weight", "bias"):
             parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)
-    parameters = {name: value for name, value in parameters.items() if name in norm.parameters}
+    parameters = {name: value for name, value in parameters.items() if name in norm.parameters} | frozen
     return parameters, norm(inputs, **parameters)

@@ -12,6 +12,8 @@ import functools
 import itertools
 import math
 import sys
+import threading
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator
 
 import torch
@@ -19,35 +21,51 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from scripting import in_short
-from universal.mnist import IMAGE_FORMATS, IMAGE_SIDE
+from universal.mnist import IMAGE_FORMATS, noise
 from universal.reading.calls import Call, Calls, Kind, Layer, Part, is_float
+from universal.reading.inputs import InputFormat, format_of, two_of
 from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
 
 
 class ComputationGraph:
-    """The layers and norms of a module that classifies images of 28 x 28 pixels as logits [N, classes].
+    """The layers and norms of a module that classifies inputs as logits [N, classes].
 
-    `layers` and `norms` are in order of computation; `neurons` are those that they read; `format` is one of
-    IMAGE_FORMATS. `written` and `left` are the names of the parameters and buffers that a generator writes, and of
-    those that it does not; those of which it writes a part are both. `count` is how many numbers it writes. Raises
-    ValueError, naming the call and the line of the user's code, for what cannot be read. The module stays as it is, but
-    that lazy parameters are initialised.
+    `example` is a batch of two inputs or more, as the module takes them: images [N, C, H, W] or [N, H, W], signals
+    [N, C, L], or rows of a table [N, F]. Without one they are images of MNIST, [N, 1, 28, 28], of which `format` makes
+    what the module takes.
+
+    `layers` and `norms` are in order of computation; `neurons` are those that they read, the first ones the `channels`
+    of the inputs. `written` and `left` are the names of the parameters and buffers that a generator writes, and of
+    those that it does not; those of which it writes a part are both. `count` is how many numbers it writes. Parameters
+    with `requires_grad=False` are left, and their layers computed with them. Raises ValueError, naming the call and the
+    line of the user's code, for what cannot be read. The module stays as it is, but that lazy parameters are
+    initialised.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, example: Tensor | None = None):
         self.module = unwrapped(module)
+        self.precision: torch.dtype | None = None  # of the inputs, where the module computes in its own alone
+        formats = IMAGE_FORMATS if example is None else [format_of(example)]
+        self.example = noise(2) if example is None else two_of(example)
         with still(self.module), torch.no_grad():
+            precision = None if example is None else example.dtype
             if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.module.parameters()):
-                self._try_formats(lambda images, _: self.module(images))
-            reading = self._try_formats(self._read)
+                self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
+            reading = self._try_formats(formats, precision, self._read)
         self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
-        self.neurons, self.classes, self._calls = reading.follower.neurons, reading.last.shape[0], reading.calls
-        counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms)
+        self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
+        self.channels = reading.channels
+        counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
         self.counters = [name for name in counters if name in self.state()]
         parts = [part for call in (*self.layers, *self.norms, *self.shifts) for part in call.parts]
         parts += map(Part, self.counters)
         self.written = list(dict.fromkeys(part.name for part in parts))
+        if not any(tensor.requires_grad for name, tensor in self.state().items() if name in self.written):
+            raise ValueError(
+                f"{type(self.module).__name__}: all parameters of its layers are frozen (requires_grad=False), so that "
+                "there is nothing to write"
+            )
         sizes = {name: tensor.numel() for name, tensor in self.state().items()}
         counts = {name: sizes[name] for name in self.written}
         for name in {part.name for part in parts if part.index is not None}:
@@ -72,7 +90,7 @@ class ComputationGraph:
         return {name: tensor.detach().float() for name, tensor in self.state().items() if is_float(tensor)}
 
     def run(self, images: Tensor, weights: dict[str, Tensor], batch_statistics: bool = False) -> Tensor:
-        """The logits [N, classes] of images [N, 1, 28, 28], with these weights; others are the module's own.
+        """The logits [N, classes] of images, of the example's shape, with these weights; others are the module's own.
 
         With `batch_statistics` norms use those of the images, as in training, in the place of their running ones.
         """
@@ -80,46 +98,47 @@ class ComputationGraph:
         return self._forward(images, weights, lambda call, inputs: call.of(weights, inputs, batch_statistics))
 
     def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
-        """The logits of images [N, 1, 28, 28], while the weights are written.
+        """The logits of images, of the example's shape, while the weights are written.
 
         `write(call, inputs)` returns the outputs, and puts into `written` what it writes. It is called
         once for each, where it is first used.
         """
-        done: list[Call] = []
+        own, done = self._own(images), []
 
         def compute(call: Call, inputs: Tensor) -> Tensor:
             if any(call is other for other in done):
-                return call.of(written, inputs)
+                return call.of(ChainMap(written, own), inputs)
             done.append(call)
             return write(call, inputs)
 
-        return self._forward(images, self._own(images), compute)
+        return self._forward(images, own, compute)
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
-        """The logits of images [N, 1, 28, 28], each layer and norm computed by `compute(layer or norm, inputs)`."""
-        calls = iter(self._calls)
+        """The logits of images, in their precision, each layer and norm by `compute(layer or norm, inputs)`."""
+        steps = iter(self._steps)
+        weights = self._taken(weights)
         names = {id(tensor): name for name, tensor in weights.items()}
         another_way = ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
 
         def call(kind: Kind, function: Callable, args: tuple, kwargs: dict):
-            expected, found = next(calls, (None, None))
-            if expected is not function:
+            step = next(steps, None)
+            if step is None or step.function is not function:
                 raise another_way
-            if found is None:
+            if step.rewritten is not None:
+                return calls.within(step.rewritten, args, kwargs)
+            if step.found is None:
                 return function(*args, **kwargs)
-            given = kind.bind(args, kwargs)
-            inputs = given["input"]
+            given, found = kind.bind(args, kwargs), step.found
             if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
                 raise another_way
-            if kind.by_element and inputs is weights.get(found.part.name):
-                inputs = given["other"]
-            return compute(found, inputs)
+            inputs = given[step.activations]
+            return compute(found, inputs.to(images.dtype)).to(inputs.dtype)
 
-        with still(self.module), Calls(call):
-            logits = logits_of(functional_call(self.module, weights, self.format(images)))
-        if next(calls, None) is not None:
+        with still(self.module), Calls(call) as calls:
+            logits = logits_of(functional_call(self.module, weights, self._given(images)))
+        if next(steps, None) is not None:
             raise another_way
-        return logits
+        return logits.to(images.dtype)
 
     def _own(self, images: Tensor, but: Collection[str] = ()) -> dict[str, Tensor]:
         """Copies, which the module may change, of its parameters and buffers, those of floating point as the images
@@ -130,41 +149,69 @@ class ComputationGraph:
             if name not in but
         }
 
-    def _try_formats(self, run: Callable):
-        """What `run(images, reading)` returns for images of the first of IMAGE_FORMATS that the module takes."""
-        images = noise(2)
-        failures = []
-        for name, self.format in IMAGE_FORMATS.items():
-            reading = Reading()
-            try:
-                return run(self.format(images), reading)
-            except Refused:
-                raise
-            except Exception as error:  # the module's own code may raise anything
-                failures.append((len(reading.calls), f"of {name} it says {in_short(error)}{place_of(error)}"))
-        _, furthest = max(failures, key=lambda failure: failure[0])
-        raise ValueError(
-            f"{type(self.module).__name__} takes no images of the shapes {', '.join(IMAGE_FORMATS)}; {furthest}"
-        )
+    def _given(self, images: Tensor) -> Tensor:
+        """Images as the module takes them."""
+        return self.format(images if self.precision is None else images.to(self.precision))
 
-    def _read(self, images: Tensor, reading: "Reading") -> "Reading":
-        """Find the layers, the norms and the classes in a forward pass on `images`, on the CPU."""
-        state = self._own(torch.zeros((), dtype=torch.float32))
-        self.image_channels = images.shape[1] if images.dim() == 4 else 1
-        reading.start(images, self.image_channels, state, self.state(), {*dict(self.module.named_buffers())})
-        with Calls(reading.call, reading.follow):
-            output = functional_call(self.module, state, images)
-        reading.finish(output, type(self.module).__name__)
+    def _taken(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights as the module takes them."""
+        if self.precision is None:
+            return weights
+        state = self.state()
+        return {name: tensor.to(state[name].dtype) for name, tensor in weights.items()}
+
+    def _try_formats(self, formats: Collection[InputFormat], precision: torch.dtype | None, run: Callable):
+        """What `run(inputs, reading)` returns for inputs of the first of the `formats` that the module takes.
+
+        They are on the CPU and in single precision, as its parameters are made, or else on its device, and in its own
+        precision, of which the inputs have `precision`, or that of the first parameter.
+        """
+        own = [tensor for tensor in self.module.parameters() if tensor.dtype.is_floating_point]
+        ways: list[tuple] = [(None, torch.device("cpu"))]
+        if any((tensor.dtype, tensor.device) != (torch.float32, ways[0][1]) for tensor in own):
+            ways.append((precision or own[0].dtype, own[0].device))
+        for self.precision, device in ways:
+            failures = []
+            for self.format in formats:
+                inputs, reading = self._given(self.example.to(device, torch.float32)), Reading()
+                try:
+                    return run(inputs, reading)
+                except Refused:
+                    raise
+                except Exception as error:  # the module's own code may raise anything
+                    failures.append((len(reading.steps), shape_of(inputs), f"{in_short(error)}{place_of(error)}"))
+        _, shape, reason = max(failures, key=lambda failure: failure[0])
+        shapes = ", ".join(shape for _, shape, _ in failures)
+        raise ValueError(f"{type(self.module).__name__} takes no inputs of shape {shapes}; of {shape} it says {reason}")
+
+    def _read(self, inputs: Tensor, reading: Reading) -> Reading:
+        """Find the layers, the norms and the classes in a forward pass on `inputs`."""
+        for axes in self.format.axes:
+            another = reading if axes == self.format.axes[0] else Reading()
+            self._follow(inputs, axes, another)
+            if another.tells_channels_apart:
+                return another
         return reading
+
+    def _follow(self, inputs: Tensor, axes: str, reading: Reading) -> None:
+        """Read a forward pass on `inputs`, whose axes are `axes`."""
+        state = self._taken(self._own(inputs))
+        buffers = {*dict(self.module.named_buffers())}
+        reading.start(inputs, self.format, axes, state, self.state(), buffers)
+        with reading:
+            output = functional_call(self.module, state, inputs)
+        reading.finish(output, type(self.module).__name__)
 
     @property
     def convolutional(self) -> bool:
-        return any(layer.is_convolution for layer in self.layers)
+        return any(layer.has_window for layer in self.layers)
 
     @functools.cached_property
     def is_rescalable(self) -> bool:
         """Whether it is a chain of layers that can be `rescaled` against each other, as tried with random weights."""
         if self.norms or not all(layer.sources == {layer.index - 1} for layer in self.layers):
+            return False
+        if any(part.frozen for layer in self.layers for part in (layer.weight, layer.bias) if part):
             return False
         generator = torch.Generator().manual_seed(0)
         written = {name: tensor for name, tensor in self.weights().items() if name in self.written}
@@ -175,7 +222,7 @@ class ComputationGraph:
             weights[name] = (values / math.sqrt(max(1, values[0].numel()))).to(device)
         factors = torch.linspace(2, -2, len(self.layers)).exp()
         with torch.no_grad():
-            images = noise(2).to(device)
+            images = self.example.to(device, torch.float32)
             before, after = (self.run(images, some) for some in (weights, self.rescaled(weights, factors)))
         return torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
 
@@ -194,7 +241,7 @@ class ComputationGraph:
 
 
 class Logits(nn.Module):
-    """A graph's network, or a copy of it, for images [N, 1, 28, 28], whatever it takes and returns: -> logits."""
+    """A graph's network, or a copy of it, for images of the example's shape, whatever it returns: -> logits."""
 
     def __init__(self, graph: ComputationGraph, module: nn.Module | None = None):
         super().__init__()
@@ -215,10 +262,9 @@ def in_fastest_layout(network: nn.Module, images: Tensor) -> nn.Module:
     return network
 
 
-def noise(count: int) -> Tensor:
-    """So many images of noise, [count, 1, 28, 28], always the same."""
-    shape = (count, 1, IMAGE_SIDE, IMAGE_SIDE)
-    return torch.randn(shape, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+def shape_of(inputs: Tensor) -> str:
+    """The shape of a batch of inputs, as people write it."""
+    return f"[{', '.join(['N', *map(str, inputs.shape[1:])])}]"
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -232,22 +278,28 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
+ONE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
 def still(module: nn.Module) -> Iterator[None]:
     """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and PyTorch's state
-    of random numbers, as they are. What the module draws is the same every time."""
-    modes = [(part, part.training) for part in module.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer would hide its parts
-    try:
-        module.eval()
-        with torch.random.fork_rng(devices=[]), uncompiled():
+    of random numbers, as they are. What the module draws is the same every time.
+
+    One at a time: all threads share that state, and the switch of PyTorch's fused transformer layer.
+    """
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), uncompiled():
+        modes = [(part, part.training) for part in module.modules()]
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it would hide its parts
+        try:
+            module.eval()
             torch.default_generator.manual_seed(0)
             yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        torch.backends.mha.set_fastpath_enabled(fast)
+        finally:
+            for part, training in modes:
+                part.training = training
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def uncompiled() -> contextlib.AbstractContextManager:

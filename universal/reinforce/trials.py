@@ -36,7 +36,7 @@ def draw_trials(
     for _ in range(networks):
         seed = drawn.getrandbits(31)
         torch.manual_seed(seed)
-        network = build() if build else draw_architecture(drawn, classes=10, refused=EVALUATED_SHAPES)
+        network = build() if build else draw_architecture(drawn, refused=EVALUATED_SHAPES, colour=True)
         graph = graph_of(network, data)
         known = data[data.labels < graph.classes] if graph.classes < 10 else data
         batch = torch.randint(len(known.labels), (images,)).to(known.labels.device)
