@@ -96,7 +96,8 @@ def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     description = [
         layer.has_window, layer.depth == 0, layer.last, step > 0, min(layer.depth, DEEPEST) / 4,
         min(graph.last.depth - layer.depth, DEEPEST) / 4, math.log(channels / layer.groups) / 5,
-        math.log(layer.shape[0]) / 5, math.log(layer.positions) / 3, math.log(layer.side) / 3, mean.get("dilation", 0), mean.get("stride", 0),
+        math.log(layer.shape[0]) / 5, math.log(layer.positions) / 3, math.log(layer.side) / 3,
+        mean.get("dilation", 0), mean.get("stride", 0),
         any(reader.has_window for reader in layer.readers),
         any(len(reader.sources) > 1 for reader in layer.readers), math.log(layer.resolution) / 3,
         math.log(layer.groups) / 3, layer.groups == channels > 1, layer.normalised,
