@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from universal.model.algebra import decorrelate, per_probe, ridge_regression, unit_responses, unit_rms
 from universal.model.description import AcrossNeurons, ConditionedMLP, PositionFunctions
+from universal.model.sizes import bounded, inverse_deviation
 from universal.model.task import Task
 from universal.model.tuning import Tuning
 from universal.reading.calls import Layer
@@ -143,21 +144,21 @@ class Writer(nn.Module):
         probes is enough.
         """
         some = inputs[:SCALING_PROBES] if layer.has_window else inputs
-        responses, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
+        responses, own_mean, inverse = standardised_responses(layer, some, weight)
         responses = responses.unflatten(1, (layer.groups, -1))
         positions_first = weight.movedim(1, -1)  # as the weight of a convolution lies in memory
-        values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse_deviation[:, None]
+        values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse[:, None]
         values = values.unflatten(0, (layer.groups, -1))
         values = decorrelate(responses, self.scalar("correlation_ridge", layer, about) + 1e-2, values).flatten(0, 1)
         weight, own_mean = values[:, :-1].view(positions_first.shape).movedim(-1, 1), values[:, -1]
         if self.tuning is not None:
             weight = self.tuning.spread(layer, weight, inputs)
-            _, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
-            weight = weight * inverse_deviation.view(-1, *[1] * (weight.dim() - 1))
-            own_mean = own_mean * inverse_deviation
+            _, own_mean, inverse = standardised_responses(layer, some, weight)
+            weight = weight * inverse.view(-1, *[1] * (weight.dim() - 1))
+            own_mean = own_mean * inverse
             gain = gain * self.tuning.evening(layer, weight)
-        weight = gain.view(-1, *[1] * (weight.dim() - 1)) * weight
-        bias = gain * (mean - own_mean) if layer.bias else None
+        weight = bounded(gain.view(-1, *[1] * (weight.dim() - 1)) * weight)
+        bias = bounded(gain * (mean - own_mean)) if layer.bias else None
         return weight, bias, layer(inputs, weight, bias)
 
     def classes_to_scale(
@@ -171,13 +172,16 @@ class Writer(nn.Module):
         logits = per_probe(responses, -1, probes)  # averaged in the end
         logits = responses.flatten(0, -2) if logits is None else logits
         mean = logits.mean(0)
-        scale = self.scalar("logit_scale", layer, about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
+        length = weight.flatten(1).norm(dim=1)
+        squares = ((logits - mean).square(), mean.square(), length.square())
+        scale = self.scalar("logit_scale", layer, about) * inverse_deviation(*(square.mean() for square in squares))
         bias = -mean * scale
         if layer.activation:
             below, above = (layer.activation[index] == layer.activation[index + 1] for index in (0, -2))
             if below and not above:  # what cuts off what is negative, such as a ReLU, is to let all pass
                 bias = bias + 3 * (responses * scale).std()
-        return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, layer.axis)
+        bias = bounded(bias)
+        return bounded(weight * scale), bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, layer.axis)
 
 
 def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,5 +189,5 @@ def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tupl
     responses = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
     mean = responses.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
     responses = responses - mean
-    inverse_deviation = torch.rsqrt(responses.square().mean(0) + 1e-8)
-    return responses * inverse_deviation, mean, inverse_deviation
+    inverse = inverse_deviation(responses.square().mean(0), mean.square(), weight.flatten(1).square().sum(1))
+    return responses * inverse, mean, inverse

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
+from universal.model.sizes import LARGEST, bounded, centred
 from universal.model.task import Task
 from universal.reading.calls import Call, Gain, Layer, Norm, Shift
 from universal.reading.graph import ComputationGraph
@@ -100,7 +101,7 @@ class Writing:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The weight and bias of a hidden layer, and the probes' responses."""
         expert, writer = self.expert, self.expert.writer
-        features = None if read is None else read - read.mean(0)
+        features = None if read is None else centred(read)
         reading = expert.reader.read(layer, keys, self.weights, about)
         if features is not None:
             reading = reading + responses_of(layer, features, self.weights, self.task)
@@ -126,7 +127,7 @@ class Writing:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weight and bias of the last layer, and the probes' responses."""
         writer = self.expert.writer
-        features = None if read is None else read - read.mean(0)
+        features = None if read is None else centred(read)
         if self.variant is not None:
             about = about + self.variant
         weight = writer.classes(layer, keys, about, features, self.task)
@@ -156,7 +157,7 @@ class Writing:
             values = values + self.expert.place_scale.exp() * unit_rms(functions)
         others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
         values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
-        values = shift.parameter(values)
+        values = bounded(shift.parameter(values))
         shift.part.put(self.written, values, self.weights)
         return shift(inputs, values)
 
@@ -167,7 +168,7 @@ class Writing:
         scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
         shape = [1] * len(gain.shape)
         shape[gain.axis % len(shape)] = -1
-        values = gain.parameter(scale.view(shape).expand(gain.shape))
+        values = bounded(gain.parameter(scale.view(shape).expand(gain.shape)))
         gain.part.put(self.written, values, self.weights)
         return gain(inputs, values)
 
@@ -188,7 +189,7 @@ def with_frozen(
         weight = layer.weight.of(weights)
         if layer.bias and not layer.bias.frozen:
             rows = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
-            bias = mean * rows.std(0, correction=0) - rows.mean(0)
+            bias = bounded(mean * rows.std(0, correction=0) - rows.mean(0))
     bias = bias if layer.bias else None
     return weight, bias, layer(inputs, weight, bias)
 
@@ -209,7 +210,8 @@ def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor
     ridge = mean.new_tensor([0.1])
     direction = mean - ridge_regression(features, (features @ mean)[:, None], ridge)[0]
     flat = weight.flatten(1)
-    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean + 1e-8)).view_as(weight)
+    least = mean @ mean / LARGEST + 1e-12
+    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean).clamp(min=least)).view_as(weight)
 
 
 def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor, probes: int) -> Tensor | None:
@@ -265,7 +267,7 @@ def written_norm(
     else:
         own = frozen.get("weight")
         scale = torch.rsqrt(spread + 1e-2) if own is None else own.reshape(len(mean), -1).mean(1)
-        parameters |= {"weight": scale, "bias": means.clamp(-1, 1) - shift * scale}
+        parameters |= {"weight": scale, "bias": bounded(means.clamp(-1, 1) - shift * scale)}
     if norm.places:
         for name in ("weight", "bias"):
             parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)
