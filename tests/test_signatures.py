@@ -180,6 +180,7 @@ def save_quantised_onnx(path: Path, external: bool = False) -> None:
     arrays = {
         "w": weight, "scale": np.full(4, 0.5, np.float32), "zero": np.zeros(4, np.int8),
         "dynamic_quantized": weight, "dynamic_scale": np.float32(0.25), "dynamic_zero_point": np.int8(2),
+        "blocks": np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2),
         "unknown": weight, "indices": np.arange(8).reshape(2, 4), "half": np.random.rand(5, 4).astype(np.float16),
         "gates": np.random.rand(2, 12, 3).astype(np.float32), "R": np.random.rand(2, 12, 3).astype(np.float32),
     }  # fmt: skip
@@ -187,10 +188,12 @@ def save_quantised_onnx(path: Path, external: bool = False) -> None:
     constant = helper.make_tensor("value", onnx.TensorProto.FLOAT, [3, 4], np.random.rand(12).tolist())
     nodes = [
         helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"], axis=0),
+        helper.make_node("DequantizeLinear", ["bits", "blocks"], ["v"], axis=1, block_size=2),
         helper.make_node("LSTM", ["x", "gates", "R"], ["z"], direction="bidirectional", hidden_size=3),
         helper.make_node("Constant", [], ["constant"], value=constant),
     ]
     stored = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    stored.append(helper.make_tensor("bits", onnx.TensorProto.INT4, [4, 3], [-8, 7, 1] * 4))
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], stored))
     onnx.save(model, path, save_as_external_data=external, size_threshold=0, location="weights.bin")
 
@@ -443,9 +446,20 @@ def test_arrays_of_numpy_are_read(tmp_path):
 def test_onnx_is_read_and_quantised_weights_are_multiplied_out(tmp_path):
     save_quantised_onnx(tmp_path / "m.onnx")
     weights, left_out = read_weights(tmp_path / "m.onnx")
-    assert set(weights) == {"w", "dynamic_quantized", "half", "constant", "gates[0]", "gates[1]", "R[0]", "R[1]"}
+    assert set(weights) == {
+        "w",
+        "bits",
+        "dynamic_quantized",
+        "half",
+        "constant",
+        "gates[0]",
+        "gates[1]",
+        "R[0]",
+        "R[1]",
+    }
     expected = torch.arange(-12, 12).view(4, 6).float()
     assert torch.equal(weights["w"], 0.5 * expected)
+    assert torch.equal(weights["bits"][1], torch.tensor([-8.0 * 3, 7 * 3, 1 * 4]))
     assert torch.equal(weights["dynamic_quantized"], 0.25 * (expected - 2))
     assert left_out == dict.fromkeys(["unknown", "indices"], "integers, packed or without scales")
 
@@ -647,8 +661,8 @@ def test_the_scorer_is_trained_and_studied(tmp_path, monkeypatch, capsys, small_
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()  # the same seed, the same scorer
     printed = capsys.readouterr().out
     assert "Scorer of 3 members trained" in printed
-    table, trained = detection.load_table(tmp_path / "t.pth"), scorer.load_scorer(tmp_path / "a.pth")
-    areas = detection.areas_of(detection.held_out_logits(trained, table), table)
+    labelled, trained = detection.load_signatures(tmp_path / "t.pth"), scorer.load_scorer(tmp_path / "a.pth")
+    areas = detection.areas_of(detection.held_out_logits(trained, labelled), labelled)
     assert areas.shape == (len(UNTRAINED), 3)
     assert areas[: len(NULL_MODELS)].mean() > 0.85  # families that the member has not seen
 
@@ -672,11 +686,11 @@ def test_a_member_learns_nothing_of_its_own_family():
     family, kind = torch.randint(2, (400,)), torch.randint(2, (400,))
     values = torch.randn(400, len(SCORED))
     values[:, 0] += 6.0 * ((kind == 0) == (family == 1))
-    table = detection.Table(values, family, kind, kind >= 0, ["first", "second"])
-    trained = detection.trained_scorer(table, 60, 0, torch.device("cpu"))
-    assert (detection.areas_of(detection.held_out_logits(trained, table), table)[0] < 0.2).all()
+    labelled = detection.LabelledSignatures(values, family, kind, kind >= 0, ["first", "second"])
+    trained = detection.trained_scorer(labelled, 60, 0, torch.device("cpu"))
+    assert (detection.areas_of(detection.held_out_logits(trained, labelled), labelled)[0] < 0.2).all()
     with pytest.raises(UserError, match="different families"):
-        detection.held_out_logits(trained, table._replace(families=["second", "first"]))
+        detection.held_out_logits(trained, labelled._replace(families=["second", "first"]))
 
 
 def test_wrong_files_of_the_study_get_one_line(tmp_path, refusal):

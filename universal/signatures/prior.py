@@ -40,7 +40,7 @@ from universal.signatures.denoising import (
     held_out_errors,
     load_denoiser,
 )
-from universal.signatures.detection import Table, area, trained_scorer
+from universal.signatures.detection import LabelledSignatures, area, trained_scorer
 from universal.signatures.matrices import CORPUS, batch_of, load_split
 from universal.signatures.nulls import same_spectrum
 from universal.signatures.sampling import generate, initialise, repair
@@ -187,7 +187,7 @@ def detection(generated: Tensor, seen: Families, unseen: Families, options: argp
         known, kept = signatures[::2], signatures[1::2]
         kind = torch.cat([torch.zeros(len(taught_with)), torch.ones(len(known))]).long()
         one = torch.ones_like(kind)  # a family that no member is kept from
-        everything = Table(torch.cat([taught_with, known]), one, kind, one.bool(), ["(none left out)"])
+        everything = LabelledSignatures(torch.cat([taught_with, known]), one, kind, one.bool(), ["(none left out)"])
         detector = trained_scorer(everything, DETECTOR_STEPS, options.seed, torch.device("cpu"))
         with torch.no_grad():
             rows[1][name] = fmean(area(detector(found)[0], detector(kept)[0]) for found in real.values())
