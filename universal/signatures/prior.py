@@ -94,11 +94,6 @@ def main() -> None:
     print(table(["Damage", "Before", "Damaged", "Denoised"], [
         [row["damage"], *(f"{row[key]:.2f}" for key in ("before", "damaged", "denoised"))] for row in repaired
     ]), flush=True)  # fmt: skip
-    rounding = rounding_errors(denoiser, unseen, options)
-    print("\nMatrices of families never seen, rounded to 3 bits: relative squared error before and after denoising")
-    print(table(["Family", "Rounded", "Denoised"], [
-        [row["family"], f"{row['rounded']:.4f}", f"{row['denoised']:.4f}"] for row in rounding
-    ]), flush=True)  # fmt: skip
 
     rewarded = score_as_reward(train, test, options)
     print(f"\nThe score as a reward without data, {options.evaluations} evaluations of random search:")
@@ -108,7 +103,7 @@ def main() -> None:
     ]), flush=True)  # fmt: skip
     record = {
         "denoising": denoised, "detection": detected, "distance_to_training": novelty, "inits": inits,
-        "repairs": repaired, "rounding": rounding, "reward": rewarded,
+        "repairs": repaired, "reward": rewarded,
     }  # fmt: skip
     save_json(options.results, record)
     print(f"\nResults saved to {options.results}")
@@ -337,22 +332,6 @@ def repairs(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse
             network.load_state_dict(state)
             row[key] = accuracy_of(network, test).accuracy_percent
         rows.append(row)
-    return rows
-
-
-def rounding_errors(denoiser: Denoiser, unseen: Families, options: argparse.Namespace) -> list[dict]:
-    """For each family, the mean squared error of matrices rounded to 3 bits, before and after they were denoised."""
-    rows = []
-    for family, matrices in unseen.items():
-        found = []
-        for matrix in matrices[: options.matrices]:
-            clean = matrix.to(options.device)
-            damaged, sigma = rounded(clean)
-            denoised = repair(damaged, sigma, denoiser)
-            squares = [(one - clean).square().mean() / clean.square().mean() for one in (damaged, denoised)]
-            found.append(torch.stack(squares).tolist())
-        before, after = map(fmean, zip(*found, strict=True))
-        rows.append({"family": family, "rounded": before, "denoised": after})
     return rows
 
 
