@@ -178,7 +178,7 @@ def save_quantised_onnx(path: Path, external: bool = False) -> None:
     onnx = pytest.importorskip("onnx")
     weight = np.arange(-12, 12, dtype=np.int8).reshape(4, 6)
     arrays = {
-        "w": weight, "scale": np.full(4, 0.5, np.float32), "zero": np.zeros(4, np.int8),
+        "w": weight, "scale": np.arange(1, 7, dtype=np.float32), "zero": np.full(6, 3, np.int8),
         "dynamic_quantized": weight, "dynamic_scale": np.float32(0.25), "dynamic_zero_point": np.int8(2),
         "blocks": np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2),
         "unknown": weight, "indices": np.arange(8).reshape(2, 4), "half": np.random.rand(5, 4).astype(np.float16),
@@ -187,13 +187,13 @@ def save_quantised_onnx(path: Path, external: bool = False) -> None:
     helper = onnx.helper
     constant = helper.make_tensor("value", onnx.TensorProto.FLOAT, [3, 4], np.random.rand(12).tolist())
     nodes = [
-        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"], axis=0),
-        helper.make_node("DequantizeLinear", ["bits", "blocks"], ["v"], axis=1, block_size=2),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"], axis=-1),
+        helper.make_node("DequantizeLinear", ["bits", "blocks"], ["v"], axis=1, block_size=3),
         helper.make_node("LSTM", ["x", "gates", "R"], ["z"], direction="bidirectional", hidden_size=3),
         helper.make_node("Constant", [], ["constant"], value=constant),
     ]
     stored = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
-    stored.append(helper.make_tensor("bits", onnx.TensorProto.INT4, [4, 3], [-8, 7, 1] * 4))
+    stored.append(helper.make_tensor("bits", onnx.TensorProto.INT4, [4, 5], [-8, 7, 1, 2, -3] * 4))
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], stored))
     onnx.save(model, path, save_as_external_data=external, size_threshold=0, location="weights.bin")
 
@@ -458,8 +458,8 @@ def test_onnx_is_read_and_quantised_weights_are_multiplied_out(tmp_path):
         "R[1]",
     }
     expected = torch.arange(-12, 12).view(4, 6).float()
-    assert torch.equal(weights["w"], 0.5 * expected)
-    assert torch.equal(weights["bits"][1], torch.tensor([-8.0 * 3, 7 * 3, 1 * 4]))
+    assert torch.equal(weights["w"], (expected - 3) * torch.arange(1.0, 7.0))
+    assert torch.equal(weights["bits"][1], torch.tensor([-24.0, 21.0, 3.0, 8.0, -12.0]))
     assert torch.equal(weights["dynamic_quantized"], 0.25 * (expected - 2))
     assert left_out == dict.fromkeys(["unknown", "indices"], "integers, packed or without scales")
 
