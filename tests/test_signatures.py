@@ -755,13 +755,13 @@ def test_optimal_shrinkage_beats_no_shrinkage_where_there_are_spikes():
 def test_the_denoiser_is_trained_better_than_classical_ones_and_goes_on(tmp_path, monkeypatch, small_corpus):
     def options(name: str) -> list:
         files = ["--checkpoint", tmp_path / f"{name}_state.pth", "--out", tmp_path / f"{name}.pth"]
-        return ["--corpus", small_corpus, "--steps", 30, "--report-every", 10, *files]
+        return ["--corpus", small_corpus, "--steps", 12, "--report-every", 5, *files]
 
     main_of(diffusion, monkeypatch, *options("whole"))
     step = diffusion.one_step
 
     def killed(*arguments):
-        if arguments[-1] == 25:
+        if arguments[-1] == 8:
             raise KeyboardInterrupt
         return step(*arguments)
 

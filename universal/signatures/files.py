@@ -295,12 +295,13 @@ def graphs_of(graph) -> Iterator:
                 yield from graphs_of(inner)
 
 
+TORCH = [".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl"]
 # One more format is one more entry here.
 READERS: dict[str, Callable[[Path, dict[str, str]], Found]] = {
-    **dict.fromkeys([".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl"], read_torch),
+    **dict.fromkeys(TORCH, read_torch),
     ".safetensors": read_safetensors,
     ".npy": read_numpy,
     ".npz": read_numpy,
     ".onnx": read_onnx,
 }
-OUTPUTS_FIRST = [".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl", ".safetensors"]  # their weights are [outputs, inputs]
+OUTPUTS_FIRST = [*TORCH, ".safetensors"]  # their weights are [outputs, inputs]
