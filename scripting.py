@@ -64,18 +64,25 @@ def program() -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
+    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130.
+
+    Where nobody reads the output any more, as after `| head -1`, it ends without a word, with 141 as the shell has it.
+    """
     try:
-        main()
-    except UserError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        try:
+            main()
+        except UserError as error:
+            print(f"{program()}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError:
+        os._exit(141)  # the interpreter would try to write the rest again
     # Everything is written. Taking the interpreter down would only add a second, to free what torch imported.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 
@@ -86,7 +93,8 @@ def summary_statistics(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table."""
+    """An aligned Markdown table, whatever its cells hold."""
+    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [header, *rows])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

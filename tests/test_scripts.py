@@ -1,7 +1,9 @@
 """The four scripts as a user runs them: what they print and save, and how they refuse bad input."""
 
+import contextlib
 import importlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -19,7 +21,7 @@ import evaluate_generalization
 import train_diffusion
 import train_target_model
 from diffusion_model import SpanDiffusion, save_diffusion
-from scripting import UserError, run_script
+from scripting import UserError, option_parser, run_script, table
 from target_cnn import (
     Dataset,
     TargetCNN,
@@ -253,6 +255,31 @@ def test_errors_name_what_the_user_runs(path, name, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_script(fail)
     assert capsys.readouterr().err == f"{name}: error: reason\n"
+
+
+def print_and_fail():
+    print("a line")
+    raise UserError("reason")
+
+
+@pytest.mark.parametrize("main", [lambda: print("a line"), lambda: option_parser("", 0).parse_args(), print_and_fail])
+def test_output_that_nobody_reads_ends_a_script_without_a_word(main, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as caught:
+            run_script(main)
+    assert caught.value.code == 141
+    assert capsys.readouterr().err in ("", "script.py: error: reason\n")
+
+
+def test_tables_hold_whatever_is_in_their_cells():
+    lines = table(["Name", "a|b"], [["x", "1"], ["y|z", "2"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in lines] == [4] * 4 and r"| y\|z |" in lines[3]
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
