@@ -31,7 +31,6 @@ from target_cnn import (
     Score,
     TargetCNN,
     checkpoint_path,
-    fast_bf16,
     find_runs,
     flatten_weights,
     load_log,
@@ -41,7 +40,7 @@ from target_cnn import (
     recorded_files,
     score_weights,
     scoring_data,
-    train_epoch,
+    train_with_adam,
     training_data,
 )
 from universal.experiment.generators import load_generator
@@ -129,10 +128,9 @@ def train_reference(options: argparse.Namespace) -> Tensor:
     """The weights, [421642], of a TargetCNN trained for `--reference-epochs` from the first seed after the inits'."""
     init = random_init(options.seed + options.inits)
     model = load_weights(TargetCNN(), init).to(options.device, memory_format=torch.channels_last)
-    adam = torch.optim.Adam(model.parameters(), fused=True)
     data = training_data(options.data, options.validation, options.device)
-    for epoch in range(1, options.reference_epochs + 1):
-        train_epoch(model, adam, data, 128, fast_bf16(options.device), f"Reference CNN, epoch {epoch}")
+    for _ in train_with_adam(model, data, options.reference_epochs, label="Reference CNN"):
+        pass
     return flatten_weights(model).cpu()
 
 

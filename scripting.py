@@ -92,6 +92,11 @@ def summary_statistics(values: Sequence[float]) -> dict[str, float]:
     return {"mean": fmean(values), "standard_deviation": deviation, "minimum": min(values), "maximum": max(values)}
 
 
+def mean_and_range(summary: dict[str, float]) -> str:
+    """What `summary_statistics` says of accuracies in percent, for a cell of a table."""
+    return f"{summary['mean']:.2f} ({summary['minimum']:.2f} to {summary['maximum']:.2f})"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """An aligned Markdown table, whatever its cells hold."""
     header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [header, *rows])

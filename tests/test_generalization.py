@@ -20,7 +20,7 @@ from target_cnn import (
     load_weights,
     random_init,
     score_weights,
-    train_epoch,
+    train_with_adam,
 )
 from universal.experiment.generators import load_generator
 from universal.experiment.verdict import (
@@ -164,7 +164,7 @@ def fresh_training(recorded, data):
     def train(weights):
         with torch.inference_mode(False), torch.enable_grad():
             model = load_weights(TargetCNN(), weights.clone()).to(memory_format=torch.channels_last)
-            train_epoch(model, torch.optim.Adam(model.parameters(), lr=0.002, fused=True), images, 32, False, "")
+            list(train_with_adam(model, images, 1, lr=0.002, batch_size=32, use_bf16=False))
         return flatten_weights(model)
 
     # Nothing can be trained from zeros.

@@ -26,11 +26,10 @@ from target_cnn import (
     Dataset,
     TargetCNN,
     checkpoint_path,
-    fast_bf16,
     load_log,
     load_mnist,
     load_run,
-    train_epoch,
+    train_with_adam,
 )
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
@@ -147,8 +146,7 @@ def test_the_same_seed_trains_the_same_weights():
     def train(seed):
         torch.manual_seed(seed)
         model = TargetCNN().to(memory_format=torch.channels_last)
-        adam = torch.optim.Adam(model.parameters(), fused=True)
-        train_epoch(model, adam, data, 100, fast_bf16(torch.device("cpu")), "")
+        list(train_with_adam(model, data, 1, batch_size=100))
         return torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
 
     first = train(1)

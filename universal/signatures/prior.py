@@ -29,7 +29,7 @@ from scripting import (
     save_json,
     table,
 )
-from target_cnn import Dataset, TargetCNN, fast_bf16, scoring_data, train_epoch, training_data
+from target_cnn import Dataset, TargetCNN, scoring_data, train_with_adam, training_data
 from target_cnn import score as accuracy_of
 from universal.evaluation.networks import conv, mlp
 from universal.signatures.denoising import (
@@ -46,7 +46,7 @@ from universal.signatures.nulls import same_spectrum
 from universal.signatures.sampling import generate, initialise, repair
 from universal.signatures.scorer import as_tensor, load_scorer
 from universal.signatures.statistics import signature
-from universal.signatures.trials import BATCH_SIZE, network_score, trained_networks
+from universal.signatures.trials import network_score, trained_networks
 
 AFTER = (50, 100, 469)  # steps of Adam
 GENERATED_SIDE = 96  # rows and columns of the matrices that are held against real ones
@@ -269,17 +269,10 @@ def compare_inits(denoiser: Denoiser, train: Dataset, test: Dataset, options: ar
 
 def over_steps(network: nn.Module, train: Dataset, test: Dataset, seed: int, label: str) -> list[float]:
     """Accuracies in percent after so many steps of Adam as `AFTER` says."""
-    adam = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     torch.manual_seed(seed)
-    order = torch.randperm(len(train.labels)).to(train.labels.device)
-    found, done = [], 0
-    for steps in AFTER:
-        part = order[done * BATCH_SIZE : steps * BATCH_SIZE]
-        if len(part):
-            train_epoch(network, adam, train[part], BATCH_SIZE, fast_bf16(train.images.device), label)
-        done = steps
-        found.append(accuracy_of(network, test).accuracy_percent)
-    return found
+    training = train_with_adam(network, train, AFTER[-1], pauses=AFTER, label=label)
+    found = (accuracy_of(network, test).accuracy_percent for progress in training if progress.step in AFTER)
+    return list(itertools.islice(found, len(AFTER)))
 
 
 def inits_table(rows: list[dict]) -> str:
