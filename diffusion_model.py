@@ -220,6 +220,8 @@ def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu
     content = load_file(path, maker="train_diffusion.py", mmap=True)
     classes = {kind.__name__: kind for kind in (SimpleWeightSpaceDiffusion, SpanDiffusion)}
     with refused_as(f"{path}: not a saved diffusion model: make it again with train_diffusion.py"):
+        if not isinstance(content, dict):
+            raise TypeError("not a dictionary")
         with torch.device("meta"):
             model = classes[content["model"]](**content["sizes"])
         model.load_state_dict(content["state_dict"], assign=True)

@@ -19,9 +19,9 @@ from diffusion_model import rollout
 from scripting import (
     UserError,
     add_data_options,
+    add_output_options,
     number,
     option_parser,
-    output_file,
     run_script,
     save_json,
     table,
@@ -51,7 +51,8 @@ from universal.experiment.verdict import assess, cost, match_neurons, report, st
 def parse_options() -> argparse.Namespace:
     parser = evaluation_parser(
         "Take unseen random TargetCNNs through generative steps, and tell generalisation from recall.",
-        "diffusion_evaluation_plot.png",
+        plot="diffusion_evaluation_plot.png",
+        results="generalization_results.json",
     )
     parser.add_argument("--inits", type=number(int, 1, 1000), default=5, help="unseen inits, from seeds SEED on")
     parser.add_argument(
@@ -59,9 +60,6 @@ def parse_options() -> argparse.Namespace:
         type=number(int, 0, 1000),
         default=1,
         help="train a CNN from another seed for so many epochs, to compare with; 0 for none",
-    )
-    parser.add_argument(
-        "--results", type=output_file(".json"), default=Path("generalization_results.json"), help="record to save"
     )
     return parser.parse_args()
 
@@ -112,15 +110,7 @@ def main() -> None:
 
     reference = train_reference(options) if options.reference_epochs else None
     record = assess(
-        starts,
-        states,
-        options.inits,
-        generated_scores,
-        recorded=recorded,
-        recorded_scores=original_scores,
-        reference=reference,
-        data=data,
-        seed=options.seed,
+        starts, states, options.inits, generated_scores, recorded, original_scores, reference, data, options.seed
     )
     record["cost"] = cost(generator_seconds, seconds_to_generate, log, record["over_inits"][-1]["mean"])
     print(report(record))
@@ -144,7 +134,7 @@ def train_reference(options: argparse.Namespace) -> Tensor:
     return flatten_weights(model).cpu()
 
 
-def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentParser:
+def evaluation_parser(description: str, plot: str, results: str | None = None) -> argparse.ArgumentParser:
     """The options that both evaluations take. The seed is none that training uses by default."""
     parser = option_parser(description, seed=1000)
     parser.add_argument(
@@ -155,10 +145,8 @@ def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
-    parser.add_argument(
-        "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot_name), help="plot to save"
-    )
     add_data_options(parser)
+    add_output_options(parser, plot, results)
     return parser
 
 

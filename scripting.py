@@ -64,18 +64,25 @@ def program() -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
+    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130.
+
+    Where nobody reads the output any more, as after `| head -1`, it ends without a word, with 141 as the shell has it.
+    """
     try:
-        main()
-    except UserError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        try:
+            main()
+        except UserError as error:
+            print(f"{program()}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError:
+        os._exit(141)  # the interpreter would try to write the rest again
     # Everything is written. Taking the interpreter down would only add a second, to free what torch imported.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 
@@ -91,7 +98,8 @@ def mean_and_range(summary: dict[str, float]) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table."""
+    """An aligned Markdown table, whatever its cells hold."""
+    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [header, *rows])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -187,10 +195,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str) -> None:
-    """The options of a script that saves a picture and a record, by default under these names."""
+def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str | None) -> None:
+    """The options of a script that saves a picture and maybe a record, by default under these names."""
     parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot), help="picture to save")
-    parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
+    if results:
+        parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Reading networks: whatever their forward pass is, what cannot be read, and that the module stays as it is."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from target_cnn import TargetCNN
 from universal.evaluation.networks import EVALUATED, Example, ResidualBlock, VisionTransformer, mlp
+from universal.model.description import description_of
 from universal.reading import calls
 from universal.reading.graph import ComputationGraph
 from universal.reading.reading import logits_of
@@ -269,6 +271,17 @@ def test_what_a_network_does_to_its_own_tensors_or_draws_stays_within():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_threads_leave_the_fused_transformer_layer_as_it_was():
+    def read(_):
+        for _ in range(3):
+            ComputationGraph(mlp([4]))
+
+    assert torch.backends.mha.get_fastpath_enabled()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_another_way_through_the_network_is_noticed():
     class Ways(nn.Module):
         def __init__(self, way):
@@ -515,6 +528,11 @@ SPELLINGS = {
     "moved twice": (lambda n, x: n.out(x.flatten(1) @ n.w.flatten(1).T), {"w": (8, 28, 28)}, (2, 0, [])),
     "made contiguous": (lambda n, x: n.out(x.flatten(1) @ n.w.T.contiguous()), {"w": (8, 784)}, (2, 0, [])),
     "unsqueezed twice": (lambda n, x: n.rest(n.maps(x) * n.g.unsqueeze(-1).unsqueeze(-1)), {"g": (4,)}, (3, 1, [])),
+    "taken off": (lambda n, x: n.rest(n.maps(x) - n.b), {"b": (4, 1, 1)}, (3, 1, [])),
+    "divided by": (lambda n, x: n.rest(n.maps(x) / n.g), {"g": (4, 1, 1)}, (3, 1, [])),
+    "taken from": (lambda n, x: n.rest(n.b - n.maps(x)), {"b": (4, 1, 1)}, (3, 0, ["b"])),
+    "expanded": (lambda n, x: n.rest(n.maps(x) + n.b.expand(len(x), -1, 9, 9)), {"b": (1, 4, 1, 1)}, (3, 1, [])),
+    "repeated": (lambda n, x: n.out(x.flatten(1)[:, :8] + n.b.repeat(len(x), 1)), {"b": (1, 8)}, (1, 1, [])),
     # Products over other axes.
     "weight left": (lambda n, x: n.out((n.w @ x.flatten(1).T).T), {"w": (8, 784)}, (2, 0, [])),
     "a weight for each head": (lambda n, x: n.dense((x @ n.w).flatten(1)[:, :324]), {"w": (4, 28, 6)}, (2, 0, [])),
@@ -546,8 +564,23 @@ SPELLINGS = {
     ),
     "frequencies": (lambda n, x: n.rest(torch.fft.fft2(n.maps(x)).real), {}, (3, 0, [])),
     "frequencies apart": (lambda n, x: n.rest(torch.view_as_real(torch.fft.fft2(n.maps(x)))[..., 0]), {}, (3, 0, [])),
+    "norm of channels by hand": (
+        lambda n, x: n.rest(n.g[:, None, None] * normalised(n.maps(x)) + n.b[:, None, None]),
+        {"g": (4,), "b": (4,)}, (3, 2, []),
+    ),
+    "softmax by hand": (lambda n, x: log_softmax(n.rest(n.maps(x))), {}, (3, 0, [])),
     "put into place": (lambda n, x: n.rest(assembled(n.maps(x))), {}, (3, 0, [])),
 }  # fmt: skip
+
+
+def normalised(maps):
+    """The maps, standardised over the channels."""
+    centred = maps - maps.mean(1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(1, keepdim=True) + 1e-6)
+
+
+def log_softmax(logits):
+    return logits - logits.exp().sum(-1).log().unsqueeze(-1)
 
 
 def assembled(maps):
@@ -665,6 +698,8 @@ def test_a_linear_layer_over_patches_is_a_convolution(how):
     assert linear.options["stride"] == convolution.options["stride"] == (7, 7)
     for name in ("side", "resolution", "positions"):
         assert getattr(linear, name) == getattr(convolution, name), name
+    graphs = [ComputationGraph(Patches(way)) for way in ("convolution", how)]
+    assert torch.equal(*(description_of(graph.layers[0], graph, 0) for graph in graphs))
     # The same kernel, in the one's order of features and in the other's, computes the same.
     kernels = torch.randn(8, 1, 49)
     networks = Patches("convolution"), Patches(how)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
+from universal.model.sizes import LARGEST, bounded, centred
 from universal.model.task import Task
 from universal.reading.calls import Call, Gain, Layer, Norm, Shift
 from universal.reading.graph import ComputationGraph
@@ -22,6 +23,7 @@ from universal.reading.graph import ComputationGraph
 if TYPE_CHECKING:
     from universal.model.expert import Expert
 
+MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
 LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
 
 
@@ -78,8 +80,8 @@ class Writing:
         """Write a call's parameters; what it then gives for the probes' `inputs`."""
         if not call.parts and not isinstance(call, Layer):
             return call.of(self.weights, inputs)
-        writers = {Layer: self.write_layer, Norm: self.write_norm, Shift: self.write_shift, Gain: self.write_gain}
-        return writers[type(call)](call, inputs)
+        writers = {Layer: self.write_layer, Norm: self.write_norm, Gain: self.write_gain, Shift: self.write_shift}
+        return next(write for kind, write in writers.items() if isinstance(call, kind))(call, inputs)
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
         about = self.expert.describe(description_of(layer, self.graph, self.step).to(inputs))
@@ -99,7 +101,7 @@ class Writing:
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """The weight and bias of a hidden layer, and the probes' responses."""
         expert, writer = self.expert, self.expert.writer
-        features = None if read is None else read - read.mean(0)
+        features = None if read is None else centred(read)
         reading = expert.reader.read(layer, keys, self.weights, about)
         if features is not None:
             reading = reading + responses_of(layer, features, self.weights, self.task)
@@ -115,8 +117,9 @@ class Writing:
         weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
         key = expert.key(neurons, about)
         if expert.seen.weight.requires_grad or expert.seen.weight.any():
-            key = key + expert.seen(seen_by(layer, responses, len(self.probes), self.task))
-        self.keys.add(expert.key_norm(key))
+            key = key + expert.seen(seen_by(layer, new[2], len(self.probes), self.task))
+        key = expert.key_norm(key)
+        self.keys.add(expert.key_norm(mixtures_like(layer, new[2], responses) @ key) if layer.weight.frozen else key)
         return weight, bias, responses
 
     def write_classes(
@@ -124,7 +127,7 @@ class Writing:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weight and bias of the last layer, and the probes' responses."""
         writer = self.expert.writer
-        features = None if read is None else read - read.mean(0)
+        features = None if read is None else centred(read)
         if self.variant is not None:
             about = about + self.variant
         weight = writer.classes(layer, keys, about, features, self.task)
@@ -154,8 +157,9 @@ class Writing:
             values = values + self.expert.place_scale.exp() * unit_rms(functions)
         others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
         values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
+        values = bounded(shift.parameter(values))
         shift.part.put(self.written, values, self.weights)
-        return inputs + values
+        return shift(inputs, values)
 
     def write_gain(self, gain: Gain, inputs: Tensor) -> Tensor:
         """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
@@ -164,9 +168,9 @@ class Writing:
         scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
         shape = [1] * len(gain.shape)
         shape[gain.axis % len(shape)] = -1
-        values = scale.view(shape).expand(gain.shape)
+        values = bounded(gain.parameter(scale.view(shape).expand(gain.shape)))
         gain.part.put(self.written, values, self.weights)
-        return inputs * values
+        return gain(inputs, values)
 
 
 def with_frozen(
@@ -185,9 +189,19 @@ def with_frozen(
         weight = layer.weight.of(weights)
         if layer.bias and not layer.bias.frozen:
             rows = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
-            bias = mean * rows.std(0, correction=0) - rows.mean(0)
+            bias = bounded(mean * rows.std(0, correction=0) - rows.mean(0))
     bias = bias if layer.bias else None
     return weight, bias, layer(inputs, weight, bias)
+
+
+def mixtures_like(layer: Layer, written: Tensor, own: Tensor) -> Tensor:
+    """The mixtures of a layer's neurons as `written` that respond to the probes as its `own`, frozen ones, do,
+    [neurons, neurons]. As keys say what neurons are written, those of frozen ones are mixtures of them."""
+    rows = [F.relu(responses.movedim(layer.axis, -1).flatten(0, -2)) for responses in (written, own)]
+    every = -(-len(rows[0]) // MOST_RESPONSES)
+    features, targets = (some[::every] - some.mean(0) for some in rows)
+    features, targets = (some * torch.rsqrt(some.square().mean(0) + 1e-6) for some in (features, targets))
+    return ridge_regression(features, targets, features.new_tensor([0.01]))
 
 
 def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
@@ -196,7 +210,8 @@ def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor
     ridge = mean.new_tensor([0.1])
     direction = mean - ridge_regression(features, (features @ mean)[:, None], ridge)[0]
     flat = weight.flatten(1)
-    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean + 1e-8)).view_as(weight)
+    least = mean @ mean / LARGEST + 1e-12
+    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean).clamp(min=least)).view_as(weight)
 
 
 def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor, probes: int) -> Tensor | None:
@@ -252,7 +267,7 @@ def written_norm(
     else:
         own = frozen.get("weight")
         scale = torch.rsqrt(spread + 1e-2) if own is None else own.reshape(len(mean), -1).mean(1)
-        parameters |= {"weight": scale, "bias": means.clamp(-1, 1) - shift * scale}
+        parameters |= {"weight": scale, "bias": bounded(means.clamp(-1, 1) - shift * scale)}
     if norm.places:
         for name in ("weight", "bias"):
             parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)

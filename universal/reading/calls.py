@@ -110,6 +110,11 @@ class Layer:
         return self.grid is None
 
     @property
+    def has_window(self) -> bool:
+        """Whether a neuron reads a window of maps: that of a kernel, or of the features of a linear layer."""
+        return self.window is not None
+
+    @property
     def axis(self) -> int:
         """The axis of its inputs' channels or features, and of its outputs' neurons."""
         return 1 if self.is_convolution else -1
@@ -138,10 +143,13 @@ class Layer:
         return flat if self.order is None else flat[:, torch.argsort(self.order)]
 
     def patches(self, inputs: Tensor, most: int) -> Tensor:
-        """What each group of a convolution reads at up to `most` positions along each side of the maps.
+        """What each group of a layer with windows reads at up to `most` positions along each side of the maps.
 
         [groups, N, positions, features], of which the features lie as the weight of a neuron does, flattened.
         """
+        if not self.is_convolution:
+            rows = inputs.flatten(1, -2)
+            return rows[None, :, :: -(-rows.shape[1] // most**2)]
         kernel = self.shape[2:]
         stride, padding, dilation = (self.options[name] for name in ("stride", "padding", "dilation"))
         # F.unfold would lay out all positions, most of which are not looked at, and takes no maps of one dimension.
@@ -241,15 +249,47 @@ class Shift:
 
     def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
         """What comes out with the parameter in `weights`."""
-        return inputs + self.part.of(weights)
+        return self(inputs, self.part.of(weights))
+
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs + parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if this, `wanted`, were added."""
+        return wanted
+
+
+class Difference(Shift):
+    """A parameter that is taken off activations."""
+
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs - parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if this, `wanted`, were added."""
+        return -wanted
 
 
 class Gain(Shift):
     """A parameter that activations are multiplied by, with the same attributes: one number or more for each neuron."""
 
-    def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
-        """What comes out with the parameter in `weights`."""
-        return inputs * self.part.of(weights)
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs * parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if activations were multiplied by this, `wanted`."""
+        return wanted
+
+
+class Quotient(Gain):
+    """A parameter that activations are divided by."""
+
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs / parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if activations were multiplied by this, `wanted`."""
+        return 1 / wanted
 
 
 Call = Layer | Norm | Shift  # or a Gain, which is a Shift
@@ -266,6 +306,7 @@ class Kind:
     axis: int
     is_norm: bool = False
     by_element: type[Shift] | None = None  # what it is if its other input is a parameter
+    commutes: bool = True  # whether its first input may be that as well
     is_convolution: bool = False
     transposed: bool = False  # whether the weight is [features, neurons]
     by_inputs: str = ""  # of a norm with running statistics: the argument that says not to use them
@@ -306,14 +347,19 @@ KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tens
 TIMES = Kind(("input", "other"), -1, by_element=Gain)
 TIMES_FUNCTIONS = (torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
 KINDS |= dict.fromkeys(TIMES_FUNCTIONS, TIMES)
+MINUS = Kind(("input", "other"), -1, by_element=Difference, commutes=False)
+KINDS |= dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__), MINUS)
+OVER = Kind(("input", "other"), -1, by_element=Quotient, commutes=False)
+OVER_FUNCTIONS = (torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__)
+KINDS |= dict.fromkeys(OVER_FUNCTIONS, OVER)
 # Functions of which an argument changes nothing if it is 1, not 0.
 RATIOS = {
-    *TIMES_FUNCTIONS, torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__rtruediv__, Tensor.__itruediv__,
-    torch.multiply, Tensor.multiply, torch.divide, torch.true_divide,
+    *TIMES_FUNCTIONS, *OVER_FUNCTIONS, Tensor.__rtruediv__, torch.multiply, Tensor.multiply, torch.divide,
+    torch.true_divide,
 }  # fmt: skip
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
-CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot}
+CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot, F.scaled_dot_product_attention}
 # Layers that cannot be written, by the names of their functions.
 REFUSED = {
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import sys
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator
 
@@ -203,7 +204,7 @@ class ComputationGraph:
 
     @property
     def convolutional(self) -> bool:
-        return any(layer.is_convolution for layer in self.layers)
+        return any(layer.has_window for layer in self.layers)
 
     @functools.cached_property
     def is_rescalable(self) -> bool:
@@ -277,22 +278,28 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
+ONE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
 def still(module: nn.Module) -> Iterator[None]:
     """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and PyTorch's state
-    of random numbers, as they are. What the module draws is the same every time."""
-    modes = [(part, part.training) for part in module.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer would hide its parts
-    try:
-        module.eval()
-        with torch.random.fork_rng(devices=[]), uncompiled():
+    of random numbers, as they are. What the module draws is the same every time.
+
+    One at a time: all threads share that state, and the switch of PyTorch's fused transformer layer.
+    """
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), uncompiled():
+        modes = [(part, part.training) for part in module.modules()]
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it would hide its parts
+        try:
+            module.eval()
             torch.default_generator.manual_seed(0)
             yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        torch.backends.mha.set_fastpath_enabled(fast)
+        finally:
+            for part, training in modes:
+                part.training = training
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def uncompiled() -> contextlib.AbstractContextManager:

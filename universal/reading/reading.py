@@ -162,7 +162,7 @@ class Reading(Calls):
     def _call_by_element(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
         """Read a sum or a product, and compute it."""
         given = kind.bind(args, kwargs)
-        name = self._activations_beside(given)
+        name = self._activations_beside(kind, given)
         shift = None
         if name is not None:
             activations, parameter = given[name], given["other" if name == "input" else "input"]
@@ -258,16 +258,19 @@ class Reading(Calls):
         self.layers.append(layer)
         return layer
 
-    def _activations_beside(self, given: dict) -> str | None:
+    def _activations_beside(self, kind: Kind, given: dict) -> str | None:
         """Which argument of a sum or product are activations, if the other is a parameter."""
         for name, other in (("input", "other"), ("other", "input")):
             if self.follower.numbers(given.get(name)) and self.follower.parameter(given.get(other)):
-                return name if given.keys() == {"input", "other"} else None
+                return name if given.keys() == {"input", "other"} and (kind.commutes or name == "input") else None
         return None
 
     def _read_shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
         """The shift or gain by a parameter of activations of as many neurons, if it is such a one."""
         part = self.follower.parameter(parameter)
+        if parameter.dim() == activations.dim() and len(parameter) > 1 and (part.index == part.index[:1]).all():
+            # The same for every input of the batch: expanded, or repeated.
+            parameter, part = parameter[:1], replace(part, index=part.index[:1])
         shift = next((shift for shift in self.shifts if shift.part == part and type(shift) is by_element), None)
         lies = where_it_lies(parameter, self.follower.numbers(activations)) if shift is None else None
         if lies is not None:
