@@ -271,7 +271,7 @@ def test_a_rounding_is_rewarded_for_the_network_as_it_is_and_rounded(digits):
 def test_networks_that_break_are_worth_nothing_and_never_rewarded(tunable, digits):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=1, images=20)
     offsets = torch.zeros_like(tunable.tuning.offsets)
-    offsets[tunable.tuning.names.index("logit_scale")] = 1e3  # whose exponential is infinite
+    offsets[tunable.tuning.names.index("slope_from_0.0")] = 1e3  # whose exponential is infinite
     never = Reward(lambda network, images: pytest.fail("rewarded"))
     assert try_candidate(tunable, offsets, trials, never) == [-float("inf")]
 
