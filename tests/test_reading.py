@@ -568,6 +568,10 @@ SPELLINGS = {
         lambda n, x: n.rest(n.g[:, None, None] * normalised(n.maps(x)) + n.b[:, None, None]),
         {"g": (4,), "b": (4,)}, (3, 2, []),
     ),
+    "gain of mixed tokens": (
+        lambda n, x: n.out((n.g * (x[:, 0] + F.linear(x[:, 0].mT, n.w).mT)).mean(1)[:, :8]),
+        {"g": (28,), "w": (28, 28)}, (2, 1, []),
+    ),
     "softmax by hand": (lambda n, x: log_softmax(n.rest(n.maps(x))), {}, (3, 0, [])),
     "put into place": (lambda n, x: n.rest(assembled(n.maps(x))), {}, (3, 0, [])),
 }  # fmt: skip
