@@ -53,7 +53,8 @@ class ComputationGraph:
             if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.module.parameters()):
                 self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
             reading = self._try_formats(formats, precision, self._read)
-        self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
+        found = reading.inventory
+        self.layers, self.norms, self.shifts, self.last = found.layers, found.norms, found.shifts, reading.last
         self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
