@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from scripting import UserError, load_file, save_tensors
+from scripting import UserError, load_file, refused_as, save_tensors
 
 
 def time_network(time_dim: int) -> nn.Sequential:
@@ -219,15 +219,13 @@ def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu
     """
     content = load_file(path, maker="train_diffusion.py", mmap=True)
     classes = {kind.__name__: kind for kind in (SimpleWeightSpaceDiffusion, SpanDiffusion)}
-    try:
+    with refused_as(f"{path}: not a saved diffusion model: make it again with train_diffusion.py"):
         if not isinstance(content, dict):
             raise TypeError("not a dictionary")
         with torch.device("meta"):
             model = classes[content["model"]](**content["sizes"])
         model.load_state_dict(content["state_dict"], assign=True)
         model.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a saved diffusion model: make it again with train_diffusion.py") from error
     if model.sizes["dimension"] != dimension:
         raise UserError(
             f"{path}: made for networks of {model.sizes['dimension']} weights, not {dimension}: "

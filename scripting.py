@@ -8,22 +8,18 @@ import os
 import pickle
 import re
 import sys
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
     from matplotlib.figure import Figure
-
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None
 
 
 class UserError(Exception):
@@ -42,6 +38,20 @@ def one_line(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines())
 
 
+@contextlib.contextmanager
+def refused_as(line: str) -> Iterator[None]:
+    """Refuse, with this line, whatever fails in the block that takes the content of a file apart.
+
+    A UserError of the block's own passes through.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever foreign or broken content leads to
+        raise UserError(line) from error
+
+
 def in_short(error: Exception) -> str:
     """The kind of an error and the first line of its text."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
@@ -54,23 +64,42 @@ def program() -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
+    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130.
+
+    Where nobody reads the output any more, as after `| head -1`, it ends without a word, with 141 as the shell has it.
+    """
     try:
-        main()
-    except UserError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        try:
+            main()
+        except UserError as error:
+            print(f"{program()}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError:
+        os._exit(141)  # the interpreter would try to write the rest again
     # Everything is written. Taking the interpreter down would only add a second, to free what torch imported.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 
+def summary_statistics(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (of a single value 0), minimum and maximum, under these names."""
+    deviation = stdev(values) if len(values) > 1 else 0.0
+    return {"mean": fmean(values), "standard_deviation": deviation, "minimum": min(values), "maximum": max(values)}
+
+
+def mean_and_range(summary: dict[str, float]) -> str:
+    """What `summary_statistics` says of accuracies in percent, for a cell of a table."""
+    return f"{summary['mean']:.2f} ({summary['minimum']:.2f} to {summary['maximum']:.2f})"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table."""
+    """An aligned Markdown table, whatever its cells hold."""
+    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [header, *rows])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -166,10 +195,11 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str) -> None:
-    """The options of a script that saves a picture and a record, by default under these names."""
+def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str | None) -> None:
+    """The options of a script that saves a picture and maybe a record, by default under these names."""
     parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot), help="picture to save")
-    parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
+    if results:
+        parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
@@ -222,7 +252,24 @@ def start_processes(device: torch.device) -> tuple[int, int]:
 
 
 # What torch.load says of Python objects: of a foreign one, of pickles of protocol 4 or later, and of TorchScript.
-PYTHON_OBJECTS = re.compile(rf"GLOBAL (?P<name>[\w.]+) |Unsupported operand {ord(pickle.FRAME)}\b|TorchScript archive")
+PYTHON_OBJECTS = re.compile(
+    rf"(GLOBAL |but got <class ')(?P<name>[\w.]+)[ ']|Unsupported operand {ord(pickle.FRAME)}\b|TorchScript archive"
+)
+
+
+# What trainings save beside tensors that can do nothing: their options, and NumPy's scalars and arrays of numbers and
+# text. The module that rebuilds NumPy's was renamed in its version 2.
+HARMLESS: list = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"},  # no objects, no records
+    *(
+        (value.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, value in {"_reconstruct": np.zeros(0), "scalar": np.float64()}.items()
+    ),
+]
 
 
 def load_file(path: Path, maker: str, mmap: bool = False):
@@ -237,12 +284,28 @@ def load_file(path: Path, maker: str, mmap: bool = False):
             from safetensors.torch import load_file as load_safetensors  # an optional package
 
             return load_safetensors(path)
-        with warnings.catch_warnings(action="ignore"):  # of what the error says too
+        with (
+            warnings.catch_warnings(action="ignore"),  # of what the error says too
+            torch.serialization.safe_globals(HARMLESS),
+        ):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except ImportError as error:
         raise MissingPackage(f"{path}: needs the package safetensors to be read: pip install safetensors") from error
     except Exception as error:  # both raise whatever the broken bytes lead to
         raise UserError(f"{path}: {why_not_read(error)} make it again with {maker}") from error
+
+
+def leaves(content) -> Iterator[tuple[str, object]]:
+    """What lies in nested dictionaries and lists, by its dotted name and in their order, each container once."""
+    waiting, seen = [("", content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if not isinstance(value, dict | list | tuple):
+            yield name, value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
 
 
 def why_not_read(error: Exception) -> str:
@@ -264,55 +327,19 @@ def save_file(path: Path, write: Callable[[Path], None]) -> None:
 
     Raises UserError if it cannot be written.
     """
+    # Of this process alone, so that two that write the same file at once do not mix what they write.
+    temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path)
-        with temporary_file(path) as temporary:
-            write(temporary)
-            os.chmod(temporary, 0o666 & ~current_umask())  # temporary files are private
-            os.replace(temporary, path)
+        write(temporary)
+        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be written ({why_not_written(error)}): free some space or choose another path"
         ) from error
-
-
-@contextlib.contextmanager
-def temporary_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, deleted in the end and locked until then, but on Windows.
-
-    The lock ends with this process, however it ends, so another process can tell whether the file is abandoned.
-    """
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=temporary_prefix(path), suffix=path.suffix, delete=False
-    ) as stream:
-        temporary = Path(stream.name)
-        try:
-            if fcntl is None:
-                stream.close()  # a file that is open cannot be renamed there
-            else:
-                with contextlib.suppress(OSError):  # not every network file system has locks
-                    fcntl.flock(stream, fcntl.LOCK_EX)
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def remove_abandoned(path: Path) -> None:
-    """Delete the temporary files that killed processes left of `path`."""
-    if fcntl is None:
-        return
-    for name in os.listdir(path.parent):
-        if name.startswith(temporary_prefix(path)) and name.endswith(path.suffix):
-            # One that is locked is being written by another process.
-            with contextlib.suppress(OSError), (path.parent / name).open("rb+") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(stream.name)
-
-
-def temporary_prefix(path: Path) -> str:
-    """How the names of the temporary files of `path` begin."""
-    return f".{path.stem}.partial-"
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def why_not_written(error: BaseException) -> str:
@@ -353,14 +380,12 @@ def resume_training(path: Path, settings: dict, parts: dict, maker: str) -> tupl
     if not path.exists():
         return 0, 0.0
     content = load_file(path, maker=maker)
-    try:
+    with refused_as(f"{path}: not the state of a training: delete it or choose another --checkpoint"):
         if content["settings"] != settings:
             raise UserError(f"{path}: is of a training with other options: delete it or choose another --checkpoint")
         for name, part in parts.items():
             part.load_state_dict(content["states"][name])
         return content["progress"]["step"], content["progress"]["seconds"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: not the state of a training: delete it or choose another --checkpoint") from error
 
 
 def run_to_end(training, steps: int, report_every: int, rank: int) -> None:
@@ -389,10 +414,3 @@ def new_figure(width: float, height: float) -> "Figure":
 def save_figure(figure: "Figure", path: Path) -> None:
     """Save a figure in the format of the suffix of `path`. Raises UserError if it cannot be written."""
     save_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
-
-
-def current_umask() -> int:
-    """The umask of this process, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,13 +5,14 @@ Design document, section 2.1.
 
 import contextlib
 import functools
-import hashlib
+import gzip
 import itertools
 import json
-import os
 import re
-import sys
-from collections.abc import Iterable
+import time
+import urllib.request
+import zlib
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from scripting import UserError, load_file, save_tensors
+from scripting import UserError, leaves, load_file, refused_as, save_file, save_tensors
 
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+MNIST_MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 CHECKPOINTS = Path("checkpoints_weights_cnn")
 
 
@@ -94,8 +96,8 @@ def save_checkpoint(model: TargetCNN, directory: Path, epoch: int) -> None:
 def load_checkpoint(path: Path) -> Tensor:
     """The weights of one recorded epoch, [421642], as this or another program saved them.
 
-    The file is a finite `state_dict` of TargetCNN, or holds exactly one among other things. A prefix that a wrapper
-    added to all its keys is taken off. Raises UserError otherwise.
+    The file is a finite `state_dict` of TargetCNN, or holds exactly one among other things, with or without the prefix
+    of a wrapper. Raises UserError otherwise.
     """
     content = load_file(path, maker="train_target_model.py")
     model = TargetCNN()
@@ -115,44 +117,31 @@ def load_checkpoint(path: Path) -> Tensor:
     return weights
 
 
-def find_state_dicts(content, expected: dict, name: str = "", depth: int = 3) -> list[tuple[str, dict[str, Tensor]]]:
-    """Each `state_dict` of the `expected` shapes: `content` itself, or entries up to `depth` dictionaries deep in it.
+def find_state_dicts(content, expected: dict) -> list[tuple[str, dict[str, Tensor]]]:
+    """Each `state_dict` of the `expected` shapes in nested dictionaries and lists, and the name under which it lies.
 
-    They come with the names of the entries that lead to them, such as "states.model", and without prefixes.
+    It is what begins with one prefix, as DataParallel adds "module.", `torch.compile` "_orig_mod.", Opacus "_module."
+    and the entries of a dictionary their keys. What lies beside it, such as the "n_averaged" of AveragedModel, does not
+    matter; under the same prefix nothing else may lie, or it would be another network's.
     """
-    if not isinstance(content, dict):
-        return []
-    state = without_prefix(content)
-    if shapes(state) == expected:
-        return [(name, state)]
-    entries = content.items() if depth else ()
-    return [
-        found
-        for key, entry in entries
-        for found in find_state_dicts(entry, expected, f"{name}.{key}".removeprefix("."), depth - 1)
-    ]
+    tensors = {name: value for name, value in leaves(content) if isinstance(value, Tensor)}
+    first = next(iter(expected))
+    prefixes = [name.removesuffix(first) for name in tensors if f".{name}".endswith(f".{first}")]
+    states = {
+        prefix: {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        for prefix in prefixes
+    }
+    return [(prefix.rstrip("."), state) for prefix, state in states.items() if shapes(state) == expected]
 
 
-def without_prefix(state: dict) -> dict:
-    """`state` without what all its keys begin with, up to a dot.
-
-    DataParallel and its like add "module.", `torch.compile` "_orig_mod.", Opacus "_module.", and several of them more.
-    """
-    prefix = os.path.commonprefix([str(key) for key in state])  # noqa: RUF071 - they are not paths
-    prefix = prefix[: prefix.rfind(".") + 1]
-    return {str(key).removeprefix(prefix): value for key, value in state.items()}
-
-
-def shapes(state: dict) -> dict[str, tuple[int, ...] | None]:
-    """The shapes of the tensors in `state` that can be weights; None for masks, sparse tensors and all other things."""
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
+    """The shapes of the tensors in `state` that can be weights; None for masks, sparse tensors and their like."""
     return {name: tuple(value.shape) if can_be_weights(value) else None for name, value in state.items()}
 
 
-def can_be_weights(value) -> bool:
-    """Whether `value` is a dense tensor of real numbers."""
-    return (
-        isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-    )
+def can_be_weights(tensor: Tensor) -> bool:
+    """Whether `tensor` is dense, of real numbers."""
+    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -208,14 +197,12 @@ def load_log(directory: Path) -> list[dict] | None:
     path = directory / "training_log.json"
     if not path.exists():
         return None
-    try:
+    with refused_as(f"{path}: is damaged: delete it, or record the run again with train_target_model.py"):
         epochs = json.loads(path.read_text())["epochs"]
         keys = ("epoch", "accuracy_percent", "seconds")
         if not all(isinstance(epoch[key], int | float) for epoch in epochs for key in keys):
             raise ValueError("not numbers")
         return epochs
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged: delete it, or record the run again with train_target_model.py") from error
 
 
 # ---- the task -------------------------------------------------------------------------------------------------------
@@ -232,34 +219,40 @@ class Dataset(NamedTuple):
 
 
 def load_mnist(split: str, root: Path, device: torch.device | str = "cpu") -> Dataset:
-    """The "train" (60,000) or "test" (10,000) images of MNIST, unpacked from `root`/MNIST/raw or downloaded to it.
+    """The "train" (60,000) or "test" (10,000) images of MNIST, from `root`/MNIST/raw or downloaded to it.
 
-    Raises UserError if the files are broken and cannot be downloaded.
+    Raises UserError if the files are missing or broken and cannot be downloaded.
     """
-    from torchvision import datasets  # imported where it is needed: it takes as long to import as torch itself
-
+    name, count = {"train": ("train", 60_000), "test": ("t10k", 10_000)}[split]
     raw = root / "MNIST" / "raw"
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # keep a download's messages out of the printed results
-            mnist = datasets.MNIST(str(root), train=split == "train", download=True)
-        images, labels = mnist.data, mnist.targets
-        if images.shape != ({"train": 60_000, "test": 10_000}[split], 28, 28) or len(labels) != len(images):
-            raise ValueError("wrong number of images")
-    except (OSError, RuntimeError, EOFError, ValueError, AssertionError, KeyError, IndexError) as error:
-        raise UserError(f"{broken_mnist_file(raw, datasets.MNIST.resources)}: restore data/ from git") from error
+    images = read_idx(raw / f"{name}-images-idx3-ubyte.gz", (count, 28, 28))
+    labels = read_idx(raw / f"{name}-labels-idx1-ubyte.gz", (count,))
     images = images.unsqueeze(1).float().div_(255).sub_(MNIST_MEAN).div_(MNIST_STD)
-    return Dataset(images.to(device), labels.to(device))
+    return Dataset(images.to(device), labels.long().to(device))
 
 
-def broken_mnist_file(raw: Path, resources: Iterable[tuple[str, str]]) -> str:
-    """Which file under `raw` is to blame, and why: "path: reason"."""
-    for name, md5 in resources:
-        archive = raw / name
-        if not archive.is_file():
-            return f"{archive}: is missing and could not be downloaded"
-        if hashlib.md5(archive.read_bytes()).hexdigest() != md5:
-            return f"{archive}: is damaged and could not be downloaded again"
-    return f"{raw}: the unpacked *-ubyte files are damaged or cannot be written; delete them or"
+def read_idx(archive: Path, shape: tuple[int, ...]) -> Tensor:
+    """The bytes in one of MNIST's files, uint8 of this `shape`: of an archive, or of what it was unpacked to.
+
+    If neither can be read the archive is downloaded. Raises UserError if that fails.
+    """
+
+    def values(content: bytes) -> Tensor:
+        header = 4 + 4 * len(shape)  # a magic number, and the size of each axis
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
+
+    for path, unpack in ((archive, gzip.decompress), (archive.with_suffix(""), bytes)):
+        with contextlib.suppress(OSError, EOFError, ValueError, RuntimeError, zlib.error):
+            return values(unpack(path.read_bytes()))
+    with refused_as(
+        f"{archive}: is {'damaged' if archive.exists() else 'missing'} and could not be downloaded: "
+        "give the directory that holds MNIST/raw with --data, or restore data/ from git"
+    ):
+        with urllib.request.urlopen(MNIST_MIRROR + archive.name, timeout=60) as response:
+            content = response.read()
+        downloaded = values(gzip.decompress(content))
+    save_file(archive, lambda temporary: temporary.write_bytes(content))
+    return downloaded
 
 
 def training_data(root: Path, validation: int, device: torch.device | str = "cpu") -> Dataset:
@@ -284,23 +277,57 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def train_epoch(
-    model: TargetCNN, adam: torch.optim.Adam, data: Dataset, batch_size: int, use_bf16: bool, label: str
-) -> float:
-    """One pass over `data` in random order; the mean training loss, nats per image."""
-    model.train()
-    total = torch.zeros((), device=data.labels.device)
-    order = torch.randperm(len(data.labels)).to(data.labels.device)  # drawn on the CPU: the same on every device
-    for batch in tqdm(order.split(batch_size), desc=label, leave=False, disable=None):
-        images, labels = data[batch]
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=use_bf16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        total += loss.detach() * len(labels)
-    return (total / len(order)).item()  # waits for the device, so the caller's clock is right
+class Progress(NamedTuple):
+    """How far a training has come."""
+
+    epoch: int  # the one that it is in or at the end of, from 1 on
+    step: int  # batches so far, of all epochs
+    loss: float  # mean of this epoch so far, nats per image
+    seconds: float  # of this epoch so far, without what the caller does in between
+
+
+def train_with_adam(
+    model: nn.Module,
+    data: Dataset,
+    epochs: int,
+    lr: float = 1e-3,
+    batch_size: int = 128,
+    use_bf16: bool | None = None,
+    pauses: Container[int] = (),
+    label: str = "Training",
+) -> Iterator[Progress]:
+    """Train `model` in place, and pause at the end of every epoch and after so many steps as `pauses` hold.
+
+    An epoch is one pass over `data` in random order. It computes in bf16 if `use_bf16`, by default where that is fast.
+    """
+    device = data.labels.device
+    use_bf16 = fast_bf16(device) if use_bf16 is None else use_bf16
+    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    step = 0
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        model.train()
+        total, seen = torch.zeros((), device=device), 0
+        order = torch.randperm(len(data.labels)).to(device)  # drawn on the CPU: the same on every device
+        bar = tqdm(order.split(batch_size), desc=f"{label}, epoch {epoch}", leave=False, disable=None)
+        for batch in bar:
+            images, labels = data[batch]
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            total += loss.detach() * len(labels)
+            step, seen = step + 1, seen + len(labels)
+            if seen == len(order):
+                bar.close()
+            if seen == len(order) or step in pauses:
+                mean_loss = (total / seen).item()  # waits for the device, so that the clock is right
+                seconds = time.perf_counter() - start
+                yield Progress(epoch, step, mean_loss, seconds)
+                start = time.perf_counter() - seconds
+                model.train()  # scoring it has changed that
 
 
 # ---- the score ------------------------------------------------------------------------------------------------------

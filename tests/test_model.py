@@ -7,28 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, small_synthesizer
+from conftest import small_synthesizer
 from torch import nn
 
 from scripting import UserError
-from target_cnn import TargetCNN, flatten_weights, load_mnist, score
+from target_cnn import TargetCNN, flatten_weights, score
 from universal import GraphWeightSynthesizer, evaluate, load_synthesizer
-from universal.evaluation.networks import EVALUATED, VisionTransformer, cnn, mlp
+from universal.evaluation.networks import EVALUATED, ResidualBlock, VisionTransformer, cnn, mlp
+from universal.mnist import IMAGE_SHAPE
 from universal.model import algebra
 from universal.model.algebra import InverseSquareRoot, decorrelate
+from universal.model.balance import balance
 from universal.model.description import cosines_of
-from universal.model.expert import NeuronRows, balance
 from universal.model.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
+from universal.model.writing import NeuronRows
 from universal.reading.graph import ComputationGraph
-from universal.training.architectures import (
-    Concatenation,
-    Gain,
-    Gate,
-    ResidualBlock,
-    Sum,
-    Tokens,
-    Transposed,
-)
+from universal.training.architectures import Tokens
+from universal.training.blocks import Concatenation, Gain, Gate, Sum, Transposed
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
 PROBES = "experts.0.task.probes"
@@ -457,7 +452,8 @@ def test_without_a_seed_the_module_s_own_weights_are_the_init(synthesizer):
 
 def test_every_parameter_is_written_or_left_and_named(synthesizer):
     torch.manual_seed(0)
-    network = Tokens(7, 8, [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)], 10, True, True, norm=False)
+    blocks = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]
+    network = Tokens(IMAGE_SHAPE, 7, 8, blocks, 10, places=True, class_token=True, norm=False)
     network.dead = nn.BatchNorm1d(3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     accounts = synthesizer.write(network)
@@ -621,7 +617,7 @@ def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "not a saved synthesiser"),
-        (lambda path: resave(path, version=99), "of version 99"),
+        (lambda path: resave(path, version=7), "of version 7, but this code reads version 8"),
         (lambda path: resave(path, settings={"probes": 10}), "a damaged synthesiser"),
         (lambda path: resave(path, state_dict={}), "a damaged synthesiser"),
         (lambda path: path.unlink(), "no such file: run python -m universal.train"),
@@ -669,47 +665,6 @@ def test_files_are_in_8_bits_and_small(tmp_path):
     for path in (SYNTHESIZER, SYNTHESIZER.with_name("ternary.pth")):
         assert path.stat().st_size < 12e6
         assert len(load_synthesizer(path).experts) > 1
-
-
-def test_what_files_of_version_7_lack_changes_nothing(synthesizer, tmp_path):
-    path, content = tmp_path / "7.pth", torch.load(SYNTHESIZER, weights_only=True)
-    for part in ("state_dict", "scales"):
-        added = ("seen", "patch_share", "patch_ridge", "gain_scale")
-        content[part] = {name: v for name, v in content[part].items() if not any(new in name for new in added)}
-    torch.save(content | {"version": 7}, path)
-    earlier = load_synthesizer(path)
-    for expert in earlier.experts:
-        assert not any(tensor.any() for tensor in (expert.seen.weight, expert.writer.patch_share.weight))
-    assert torch.equal(earlier.experts[0].key.first.weight, synthesizer.experts[0].key.first.weight)
-    network = earlier.synthesize(TargetCNN(), seed=0)
-    assert score(network, load_mnist("test", REPOSITORY / "data")[:1000]).accuracy_percent > 97
-    del content["state_dict"]["experts.0.key.first.weight"], content["scales"]["experts.0.key.first.weight"]
-    torch.save(content | {"version": 7}, path)
-    with pytest.raises(UserError, match="damaged"):
-        load_synthesizer(path)
-
-
-def test_a_file_in_half_precision_of_version_6_is_read(tmp_path):
-    synthesizer, path = small_synthesizer(0, experts=2), tmp_path / "6.pth"
-    save_synthesizer(synthesizer, path)
-    content = torch.load(path, weights_only=True)
-    del content["scales"]
-    state = {name: tensor.half() for name, tensor in synthesizer.state_dict().items()}
-    torch.save(content | {"version": 6, "state_dict": state}, path)
-    loaded = load_synthesizer(path).state_dict()
-    assert all(torch.equal(tensor, state[name].float()) for name, tensor in loaded.items())
-
-
-def test_a_file_of_a_single_expert_of_version_5_is_read(tmp_path):
-    synthesizer, path = small_synthesizer(0), tmp_path / "5.pth"
-    save_synthesizer(synthesizer, path)
-    content = torch.load(path, weights_only=True)
-    del content["settings"]["experts"]
-    state = {name.removeprefix("experts.0."): tensor for name, tensor in synthesizer.state_dict().items()}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith("router.")}
-    torch.save(content | {"version": 5, "state_dict": state}, path)
-    loaded = load_synthesizer(path)
-    assert all(torch.equal(tensor, synthesizer.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_networks_run_in_either_layout():

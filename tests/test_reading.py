@@ -1,6 +1,7 @@
 """Reading networks: whatever their forward pass is, what cannot be read, and that the module stays as it is."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from target_cnn import TargetCNN
-from universal.evaluation.networks import EVALUATED, Example, VisionTransformer, mlp
+from universal.evaluation.networks import EVALUATED, Example, ResidualBlock, VisionTransformer, mlp
+from universal.model.description import description_of
 from universal.reading import calls
 from universal.reading.graph import ComputationGraph
 from universal.reading.reading import logits_of
-from universal.training.architectures import Gain, Gate, ResidualBlock, Sum, Transposed
+from universal.training.blocks import Gain, Gate, Sum, Transposed
 
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 
@@ -269,6 +271,17 @@ def test_what_a_network_does_to_its_own_tensors_or_draws_stays_within():
     assert torch.equal(torch.get_rng_state(), random)
 
 
+def test_threads_leave_the_fused_transformer_layer_as_it_was():
+    def read(_):
+        for _ in range(3):
+            ComputationGraph(mlp([4]))
+
+    assert torch.backends.mha.get_fastpath_enabled()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_another_way_through_the_network_is_noticed():
     class Ways(nn.Module):
         def __init__(self, way):
@@ -474,6 +487,241 @@ def test_wrapped_networks_are_read():
         assert [layer.name for layer in ComputationGraph(wrapped).layers] == ["1", "3"]
 
 
+# ---- however it is written -------------------------------------------------------------------------------------------
+
+
+class Written(nn.Module):
+    """A convolution and a dense layer with parameters of their own, combined as `forward(self, x)` says."""
+
+    def __init__(self, forward, **parameters):
+        super().__init__()
+        self.conv, self.dense, self.out = nn.Conv2d(1, 4, 3, 3), nn.Linear(324, 8), nn.Linear(8, 10)
+        for name, shape in parameters.items():
+            tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            if name.startswith("buffer"):
+                self.register_buffer(name, tensor)
+            else:
+                setattr(self, name, nn.Parameter(tensor))
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
+
+    def maps(self, x):
+        return self.conv(x)
+
+    def rest(self, x):
+        return self.out(self.dense(x.flatten(1)).relu())
+
+
+# What stands in `forward`, the parameters that it takes, and what is found: (layers, shifts and gains, what is left).
+SPELLINGS = {
+    # Parameters, and views of them, on either side.
+    "gain left": (lambda n, x: n.rest(n.g[:1] * n.maps(x)), {"g": (2, 4, 1, 1)}, (3, 1, ["g"])),
+    "gain right": (lambda n, x: n.rest(n.maps(x) * n.g[:1]), {"g": (2, 4, 1, 1)}, (3, 1, ["g"])),
+    "gain of three axes": (lambda n, x: n.rest(n.g * n.maps(x)), {"g": (4, 1, 1)}, (3, 1, [])),
+    "gain in place": (lambda n, x: n.rest(n.maps(x).mul_(n.g)), {"g": (4, 1, 1)}, (3, 1, [])),
+    "shift left": (lambda n, x: n.rest(n.b.view(1, -1, 1, 1) + n.maps(x)), {"b": (4,)}, (3, 1, [])),
+    "shift of a row": (lambda n, x: n.out(n.b[0] + x.flatten(1) @ n.w), {"b": (2, 8), "w": (784, 8)}, (2, 1, ["b"])),
+    "shift in place": (lambda n, x: n.rest(n.maps(x).add_(n.b)), {"b": (4, 9, 9)}, (3, 1, [])),
+    "places of rows": (lambda n, x: n.rest(n.maps(x) + n.b), {"b": (1, 4, 9, 1)}, (3, 1, [])),
+    "moved twice": (lambda n, x: n.out(x.flatten(1) @ n.w.flatten(1).T), {"w": (8, 28, 28)}, (2, 0, [])),
+    "made contiguous": (lambda n, x: n.out(x.flatten(1) @ n.w.T.contiguous()), {"w": (8, 784)}, (2, 0, [])),
+    "unsqueezed twice": (lambda n, x: n.rest(n.maps(x) * n.g.unsqueeze(-1).unsqueeze(-1)), {"g": (4,)}, (3, 1, [])),
+    "taken off": (lambda n, x: n.rest(n.maps(x) - n.b), {"b": (4, 1, 1)}, (3, 1, [])),
+    "divided by": (lambda n, x: n.rest(n.maps(x) / n.g), {"g": (4, 1, 1)}, (3, 1, [])),
+    "taken from": (lambda n, x: n.rest(n.b - n.maps(x)), {"b": (4, 1, 1)}, (3, 0, ["b"])),
+    "expanded": (lambda n, x: n.rest(n.maps(x) + n.b.expand(len(x), -1, 9, 9)), {"b": (1, 4, 1, 1)}, (3, 1, [])),
+    "repeated": (lambda n, x: n.out(x.flatten(1)[:, :8] + n.b.repeat(len(x), 1)), {"b": (1, 8)}, (1, 1, [])),
+    # Products over other axes.
+    "weight left": (lambda n, x: n.out((n.w @ x.flatten(1).T).T), {"w": (8, 784)}, (2, 0, [])),
+    "a weight for each head": (lambda n, x: n.dense((x @ n.w).flatten(1)[:, :324]), {"w": (4, 28, 6)}, (2, 0, [])),
+    "einsum": (lambda n, x: n.out(torch.einsum("nchw,dhw->nd", x, n.w)), {"w": (8, 28, 28)}, (2, 0, [])),
+    "einsum of heads": (
+        lambda n, x: n.out(torch.einsum("nhw,hwd->nhd", x[:, 0], n.w).flatten(1)[:, :8]),
+        {"w": (28, 28, 2)}, (29, 0, []),
+    ),
+    "einsum with dots": (lambda n, x: n.out(torch.einsum("...d,de", x.flatten(1), n.w)), {"w": (784, 8)}, (2, 0, [])),
+    # What is computed from parameters, and constants, are left as they are.
+    "one plus a gain": (lambda n, x: n.rest(n.maps(x) * (1 + n.g)), {"g": (4, 1, 1)}, (3, 0, ["g"])),
+    "computed weight": (lambda n, x: n.out(F.linear(x.flatten(1), n.w * 2)), {"w": (8, 784)}, (1, 0, ["w"])),
+    "exponential": (lambda n, x: n.rest(n.maps(x) * n.g.exp()), {"g": (4, 1, 1)}, (3, 0, ["g"])),
+    "computed bias": (
+        lambda n, x: n.out(F.linear(x.flatten(1), n.w, 2 * n.b)), {"w": (8, 784), "b": (8,)}, (2, 0, ["b"])
+    ),
+    "normed by computed gains": (
+        lambda n, x: n.rest(F.layer_norm(n.maps(x), (9,), 1 + n.g)), {"g": (9,)}, (3, 0, ["g"])
+    ),
+    "filters in a buffer": (lambda n, x: n.rest(n.maps(F.conv2d(x, n.buffer, padding=1))), {"buffer": (1, 1, 3, 3)},
+                            (3, 0, ["buffer"])),
+    "a grid in a buffer": (
+        lambda n, x: n.out((x.mean((1, 3))[..., None] - n.buffer).flatten(1)[:, :8]),
+        {"buffer": (5,)}, (1, 0, ["buffer"])
+    ),
+    "features of one number": (
+        lambda n, x: n.rest((x.mean((1, 3)).unsqueeze(-1) * n.w + n.b).flatten(1)[:, :324]),
+        {"w": (28, 12), "b": (28, 12)}, (2, 0, ["w", "b"]),
+    ),
+    "frequencies": (lambda n, x: n.rest(torch.fft.fft2(n.maps(x)).real), {}, (3, 0, [])),
+    "frequencies apart": (lambda n, x: n.rest(torch.view_as_real(torch.fft.fft2(n.maps(x)))[..., 0]), {}, (3, 0, [])),
+    "norm of channels by hand": (
+        lambda n, x: n.rest(n.g[:, None, None] * normalised(n.maps(x)) + n.b[:, None, None]),
+        {"g": (4,), "b": (4,)}, (3, 2, []),
+    ),
+    "gain of mixed tokens": (
+        lambda n, x: n.out((n.g * (x[:, 0] + F.linear(x[:, 0].mT, n.w).mT)).mean(1)[:, :8]),
+        {"g": (28,), "w": (28, 28)}, (2, 1, []),
+    ),
+    "softmax by hand": (lambda n, x: log_softmax(n.rest(n.maps(x))), {}, (3, 0, [])),
+    "put into place": (lambda n, x: n.rest(assembled(n.maps(x))), {}, (3, 0, [])),
+}  # fmt: skip
+
+
+def normalised(maps):
+    """The maps, standardised over the channels."""
+    centred = maps - maps.mean(1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(1, keepdim=True) + 1e-6)
+
+
+def log_softmax(logits):
+    return logits - logits.exp().sum(-1).log().unsqueeze(-1)
+
+
+def assembled(maps):
+    """The same maps, one after the other."""
+    whole = torch.zeros(maps.shape)
+    for channel in range(maps.shape[1]):
+        whole[:, channel] = maps[:, channel]
+    return whole
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_however_it_is_written_it_is_read_and_computed(name):
+    forward, parameters, (layers, shifts, left) = SPELLINGS[name]
+    torch.manual_seed(0)
+    network = Written(forward, **parameters)
+    graph = ComputationGraph(network)
+    unused = [key for key in graph.left if key.split(".")[0] in ("conv", "dense", "out")]
+    assert (len(graph.layers), len(graph.shifts)) == (layers, shifts)
+    assert [key for key in graph.left if key not in unused] == left
+    images = torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(images, {}), network(images), atol=1e-4, rtol=1e-4)
+        for key, value in graph.weights().items():
+            if key in graph.written and "." not in key:  # it is this parameter that the written one replaces
+                changed = graph.run(images, {key: 2 * value + 1})
+                assert not torch.allclose(changed, network(images))
+
+
+class TestGains:
+    """Which numbers a gain has, and where, are those of the neurons that broadcasting gives them."""
+
+    @pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1, 1), (4, 9, 9), (4, 9, 1)])
+    def test_lie_on_the_neurons(self, shape):
+        graph = ComputationGraph(Written(lambda n, x: n.rest(n.g * n.maps(x)), g=shape))
+        (gain,) = graph.shifts
+        first = graph.layers[0].first_neuron
+        assert gain.channels.tolist() == [*range(first, first + 4)] and gain.axis == -3
+        assert gain.places is None if shape[-2:] == (1, 1) else len(gain.places) == shape[-1] * shape[-2]
+
+
+# Functions of a layer's outputs, and one that computes the same, of which the curve is.
+FUNCTIONS = {
+    "factor before": (lambda h: F.relu(2 * h), lambda h: F.relu(2 * h)),
+    "shift before": (lambda h: F.relu(h + 0.1), lambda h: F.relu(h + 0.1)),
+    "root of a width": (lambda h: F.relu(h / math.sqrt(8)), lambda h: F.relu(h / math.sqrt(8))),
+    "by a mask": (lambda h: h * (h > 0), F.relu),
+    "by a mask of floats": (lambda h: h * (h > 0).float(), F.relu),
+    "where": (lambda h: torch.where(h > 0, h, 0.1 * h), lambda h: F.leaky_relu(h, 0.1)),
+    "maximum with zeros": (lambda h: torch.max(h, torch.zeros(1)), F.relu),
+    "maximum with as many zeros": (lambda h: torch.maximum(h, torch.zeros_like(h)), F.relu),
+    "set to zero": (lambda h: zeroed(h), F.relu),
+    "gated by itself": (lambda h: h * torch.sigmoid(h), F.silu),
+    "by hand": (lambda h: 0.5 * h * (1 + torch.erf(h / math.sqrt(2))), F.gelu),
+    "dropout by hand": (lambda h: F.relu(h) * (torch.rand_like(h) > 0.5) / 0.5, lambda h: F.relu(h)),
+    "pooled before": (lambda h: F.relu(F.max_pool1d(h[:, None], 1)[:, 0]), F.relu),
+    "norm by hand": (lambda h: F.relu((h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True)), F.relu),
+    "attention of its own": (lambda h: F.relu(h).softmax(1), F.relu),
+    "two functions": (lambda h: torch.cat([F.relu(h), torch.tanh(h)], 1)[:, :8], F.relu),
+    "none": (lambda h: h.flip(1), None),
+    "softmax alone": (lambda h: h.softmax(1), None),
+}  # fmt: skip
+
+
+def zeroed(h):
+    h = h.clone()
+    h[h < 0] = 0
+    return h
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_follows_a_layer_is_one_function(name):
+    function, same = FUNCTIONS[name]
+    graph = ComputationGraph(Written(lambda n, x: n.out(function(n.dense(x.flatten(1)[:, :324])))))
+    found = graph.layers[0].activation
+    if same is None:
+        assert found is None
+    else:
+        expected = same(torch.tensor(calls.ACTIVATION_POINTS))
+        size = found[-1] / expected[-1]
+        torch.testing.assert_close(torch.tensor(found) / size, expected, atol=1e-4, rtol=1e-4)
+        drawn = 1 if name == "dropout by hand" else 1e-4  # the share of a mask
+        assert abs(size - 1) < drawn
+
+
+def test_functions_of_sums_count_for_every_summand_alone():
+    graph = ComputationGraph(nn.Sequential(nn.Conv2d(1, 4, 3, 4), ResidualBlock(4), nn.Conv2d(4, 10, 3), *CLASSES))
+    relu = tuple(torch.tensor(calls.ACTIVATION_POINTS).relu().tolist())
+    assert [layer.activation for layer in graph.layers] == [relu, relu, relu, None]
+
+
+class Patches(nn.Module):
+    """Patches of 7 x 7 pixels as tokens: by a convolution, or by a linear layer over each, flattened."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.out = how, nn.Linear(8, 10)
+        self.embed = nn.Conv2d(1, 8, 7, 7) if how == "convolution" else nn.Linear(49, 8)
+
+    def forward(self, x):
+        if self.how == "convolution":
+            x = self.embed(x).flatten(2).mT
+        elif self.how == "unfold":
+            x = self.embed(F.unfold(x, 7, stride=7).mT)
+        elif self.how == "turned":
+            x = self.embed(x.reshape(-1, 4, 7, 4, 7).permute(0, 1, 3, 4, 2).reshape(-1, 16, 49))
+        else:
+            x = self.embed(x.reshape(-1, 4, 7, 4, 7).permute(0, 1, 3, 2, 4).reshape(-1, 16, 49))
+        return self.out(x.relu().mean(1))
+
+
+@pytest.mark.parametrize("how", ["unfold", "reshape", "turned"])
+def test_a_linear_layer_over_patches_is_a_convolution(how):
+    convolution, linear = (ComputationGraph(Patches(way)).layers[0] for way in ("convolution", how))
+    assert linear.window == convolution.window == (7, 7) and not linear.is_convolution
+    assert linear.options["stride"] == convolution.options["stride"] == (7, 7)
+    for name in ("side", "resolution", "positions"):
+        assert getattr(linear, name) == getattr(convolution, name), name
+    graphs = [ComputationGraph(Patches(way)) for way in ("convolution", how)]
+    assert torch.equal(*(description_of(graph.layers[0], graph, 0) for graph in graphs))
+    # The same kernel, in the one's order of features and in the other's, computes the same.
+    kernels = torch.randn(8, 1, 49)
+    networks = Patches("convolution"), Patches(how)
+    with torch.no_grad():
+        for network, layer in zip(networks, (convolution, linear), strict=True):
+            network.embed.weight.copy_(layer.weight_of(kernels))
+        networks[1].embed.bias.copy_(networks[0].embed.bias)
+        networks[1].out.load_state_dict(networks[0].out.state_dict())
+        images = torch.randn(3, 1, 28, 28)
+        torch.testing.assert_close(networks[0](images), networks[1](images))
+
+
+def test_rows_and_dense_layers_are_no_windows():
+    assert all(layer.window is None for layer in ComputationGraph(mlp([20])).layers)
+    assert ComputationGraph(OrdinaryPython()).last.window is None
+    assert ComputationGraph(Attention()).layers[0].window is None  # of 28 pixels, too wide to be told apart
+
+
 # ---- what cannot be read --------------------------------------------------------------------------------------------
 
 
@@ -538,15 +786,6 @@ class Normed(nn.Module):
         return self.out(F.layer_norm(x, (784,), self.norm.weight, self.norm.bias, 0.1))
 
 
-class PerHead(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.heads, self.out = nn.Parameter(torch.randn(4, 28, 6)), nn.Linear(28 * 24, 10)
-
-    def forward(self, x):
-        return self.out((x @ self.heads).flatten(1))
-
-
 def weight_normed(norm) -> nn.Module:
     return nn.Sequential(nn.Flatten(), norm(nn.Linear(784, 10)))
 
@@ -565,7 +804,6 @@ def weight_normed(norm) -> nn.Module:
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, own.bias, padding=1)), "takes kernel again"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel.mT, padding=1)), "takes kernel again"),
         (Normed, "layer_norm takes norm again, in another way"),
-        (PerHead, "with a weight of 3 dimensions is not supported"),
         (lambda: flat(features=784, classes=1), "has one class, but telling classes apart takes two"),
         (Pair, "^Pair returns a tuple, not logits"),
         (Raising, r"takes no inputs .* KeyError: 'no such thing' \(test_reading\.py, line \d+: raise KeyError"),

@@ -1,20 +1,23 @@
 """The target system: the network, its weights as a vector and as files, MNIST, the score."""
 
+import argparse
 import errno
 import functools
+import gzip
 import io
 import pickle
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import target_cnn
 from scripting import UserError, save_file
@@ -32,8 +35,11 @@ from target_cnn import (
     score,
     score_weights,
     scoring_data,
+    train_with_adam,
     training_data,
 )
+
+RAW = REPOSITORY / "data" / "MNIST" / "raw"
 
 
 @pytest.fixture(scope="module")
@@ -93,19 +99,62 @@ def test_validation_images_are_held_out_of_training():
     assert torch.equal(torch.cat([train.images, validation.images]), whole.images)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_broken_archive_is_named(tmp_path, monkeypatch, damage):
-    shutil.copytree(REPOSITORY / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*-ubyte"))
-    archive = tmp_path / "data" / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+@pytest.fixture
+def archives(tmp_path, monkeypatch) -> Path:
+    """A copy of the test images' archives, and nowhere to download from."""
+    monkeypatch.setattr(target_cnn, "MNIST_MIRROR", "file:///nowhere/")
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for archive in RAW.glob("t10k-*.gz"):
+        shutil.copy(archive, raw)
+    return raw
+
+
+@pytest.mark.parametrize("damage", ["truncated", "scrambled", "empty", "of another data set", "missing"])
+def test_a_broken_archive_is_named(tmp_path, archives, damage):
+    archive = archives / "t10k-images-idx3-ubyte.gz"
     content = archive.read_bytes()
     archive.unlink()
-    if damage == "truncate":
-        archive.write_bytes(content[:1000])
-    from torchvision import datasets
+    if damage != "missing":
+        scrambled = content[:1000] + bytes(100) + content[1100:]
+        other = (archives / "t10k-labels-idx1-ubyte.gz").read_bytes()
+        contents = {"truncated": content[:1000], "scrambled": scrambled, "empty": b"", "of another data set": other}
+        archive.write_bytes(contents[damage])
+    line = (
+        r"t10k-images-idx3-ubyte\.gz: is (damaged|missing) and could not be downloaded: give .* with --data, or restore"
+    )
+    with pytest.raises(UserError, match=line) as caught:
+        load_mnist("test", tmp_path)
+    assert ("missing" in str(caught.value)) == (damage == "missing")
 
-    monkeypatch.setattr(datasets.MNIST, "mirrors", ["file:///nowhere/"])
-    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte\.gz: is (damaged|missing)"):
-        load_mnist("test", tmp_path / "data")
+
+def test_mnist_is_read_where_nothing_can_be_written(tmp_path, archives):
+    before = set(tmp_path.rglob("*"))
+    published = load_mnist("test", tmp_path)
+    assert set(tmp_path.rglob("*")) == before  # nothing was unpacked
+    for archive in archives.glob("*.gz"):  # as somebody else may have unpacked it
+        archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
+        archive.unlink()
+    unpacked = load_mnist("test", tmp_path)
+    assert torch.equal(unpacked.images, published.images) and torch.equal(unpacked.labels, published.labels)
+
+
+def test_what_is_missing_is_downloaded_and_nothing_else_touched(tmp_path, archives, monkeypatch):
+    monkeypatch.setattr(target_cnn, "MNIST_MIRROR", f"{RAW.as_uri()}/")
+    (archives / "t10k-images-idx3-ubyte.gz").write_bytes(b"damaged")
+    labels = archives / "t10k-labels-idx1-ubyte.gz"
+    written = labels.stat().st_mtime_ns
+    assert torch.equal(load_mnist("test", tmp_path).images, load_mnist("test", RAW.parents[1]).images)
+    assert labels.stat().st_mtime_ns == written
+    elsewhere = tmp_path / "new"
+    load_mnist("test", elsewhere)
+    assert {path.name for path in elsewhere.rglob("*.gz")} == {path.name for path in archives.iterdir()}
+
+
+def test_a_wrong_directory_of_data_is_not_made(tmp_path, archives):
+    with pytest.raises(UserError, match="is missing and could not be downloaded"):
+        load_mnist("train", tmp_path / "no" / "such")
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_score_is_in_the_documents_unit(few_images):
@@ -140,6 +189,45 @@ def test_bf16_is_for_processors_that_say_they_have_it(monkeypatch):
         assert fast_bf16(cpu) == fast
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in the oldest PyTorch that is supported
     assert not fast_bf16(cpu)
+
+
+def linear_with_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+
+
+def test_a_training_pauses_where_it_is_asked_to_and_goes_on_as_if_it_had_not(few_images):
+    whole, paused = linear_with_dropout(), linear_with_dropout()
+    torch.manual_seed(1)
+    assert [progress.step for progress in train_with_adam(whole, few_images, 2, batch_size=128)] == [5, 10]
+    torch.manual_seed(1)
+    points = []
+    for progress in train_with_adam(paused, few_images, 2, batch_size=128, pauses=(2, 7)):
+        points.append((progress.epoch, progress.step))
+        score(paused, few_images)  # which turns dropout off
+    assert points == [(1, 2), (1, 5), (2, 7), (2, 10)]
+    assert torch.equal(flatten_weights(whole), flatten_weights(paused))
+    assert not torch.equal(flatten_weights(whole), flatten_weights(linear_with_dropout()))
+
+
+def test_the_loss_and_the_seconds_of_a_training_are_of_the_epoch_so_far(few_images, monkeypatch):
+    seconds = 0.0
+    monkeypatch.setattr(target_cnn.time, "perf_counter", lambda: seconds)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    def pass_a_second(*_):
+        nonlocal seconds
+        seconds += 1
+
+    model.register_forward_hook(pass_a_second)
+    expected = score(model, few_images).cross_entropy
+    found = []
+    for progress in train_with_adam(model, few_images, 2, lr=1e-9, batch_size=128, use_bf16=False, pauses=(2,)):
+        found.append(progress.seconds)
+        seconds += 100  # what the caller does does not count
+        if progress.step == 5:
+            assert progress.loss == pytest.approx(expected, rel=1e-4)
+    assert found == [2, 5, 5]
 
 
 def write_run(directory, epochs):
@@ -264,14 +352,16 @@ def test_broken_and_foreign_checkpoints_are_refused(tmp_path):
             load_checkpoint(path)
 
 
-def test_prefixes_that_wrappers_add_to_all_keys_are_taken_off(tmp_path):
+def test_prefixes_that_wrappers_add_are_taken_off(tmp_path):
     path = checkpoint_path(tmp_path, 0)
     model = TargetCNN()
     wrapped = [nn.DataParallel(model), torch.compile(model), nn.DataParallel(torch.compile(model))]
+    wrapped += [AveragedModel(model), nn.DataParallel(AveragedModel(torch.compile(model)))]  # which count updates too
     states = [wrapper.state_dict() for wrapper in wrapped]
-    assert "module._orig_mod.conv1.weight" in states[-1]
+    assert "module._orig_mod.conv1.weight" in states[2] and "n_averaged" in states[3]
     for prefix in ("_module.", "_orig_mod.module.", "model."):
         states.append({prefix + name: tensor for name, tensor in model.state_dict().items()})
+    states.append(states[-1] | {"criterion.weight": torch.ones(10)})  # of a module that holds the loss as well
     for state in states:
         torch.save(state, path)
         assert torch.equal(load_checkpoint(path), flatten_weights(model))
@@ -308,14 +398,40 @@ def test_the_one_state_dict_among_other_things_is_taken(tmp_path, place):
         assert torch.equal(load_checkpoint(path), flatten_weights(model))
 
 
+def test_what_is_no_tensor_may_lie_beside_the_state_dict(tmp_path):
+    path = checkpoint_path(tmp_path, 0)
+    model = TargetCNN()
+    beside = {
+        "accuracy": np.float64(98.5), "epoch": np.int64(3), "finished": np.bool_(True), "data": np.str_("MNIST"),
+        "curve": np.linspace(0, 1, 5), "confusion": np.eye(10, dtype=np.int32), "classes": np.array(["zero", "one"]),
+        "random": [np.random.get_state(), torch.get_rng_state()], "args": argparse.Namespace(lr=np.float32(0.1)),
+    }  # fmt: skip
+    for content in (beside | {"model": model.state_dict()}, model.state_dict() | {"epoch": 3, "loss": np.float32(0.1)}):
+        torch.save(content, path)
+        assert torch.equal(load_checkpoint(path), flatten_weights(model))
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    old, new = b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n"  # before version 2 of NumPy, and since
+    for name, other in ((old, new), (new, old)):
+        path.write_bytes(path.read_bytes().replace(name, other))
+        assert other in path.read_bytes()
+        assert torch.equal(load_checkpoint(path), flatten_weights(model))
+    torch.save(beside | {"objects": np.array([Path()])}, path)
+    with pytest.raises(UserError, match=r"Python objects \(numpy\.dtypes\.ObjectDType\), which are unsafe"):
+        load_checkpoint(path)
+
+
 def test_two_state_dicts_in_one_file_are_both_named(tmp_path):
     path = checkpoint_path(tmp_path, 0)
-    content = {"model": TargetCNN().state_dict(), "averaged": {"ema": nn.DataParallel(TargetCNN()).state_dict()}}
-    torch.save(content, path)
-    with pytest.raises(
-        UserError, match=r"_0\.pth: holds more than one state_dict of TargetCNN, model and averaged\.ema: "
+    state = TargetCNN().state_dict()
+    averages = {f"{wrapper}.{name}": tensor for name, tensor in state.items() for wrapper in ("online", "averaged")}
+    for content, names in (
+        ({"model": state, "averaged": {"ema": nn.DataParallel(TargetCNN()).state_dict()}}, r"model and averaged\.ema"),
+        (averages | {"step": torch.tensor(3)}, "online and averaged"),
+        ([TargetCNN().state_dict(), state], "0 and 1"),
     ):
-        load_checkpoint(path)
+        torch.save(content, path)
+        with pytest.raises(UserError, match=rf"_0\.pth: holds more than one state_dict of TargetCNN, {names}"):
+            load_checkpoint(path)
 
 
 @pytest.mark.parametrize("spoil", [torch.Tensor.bool, torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
@@ -380,30 +496,11 @@ def test_a_full_disk_is_called_full(tmp_path):
             save_file(tmp_path / "w.pth", write)
 
 
-def test_what_a_killed_script_left_is_cleared_away(tmp_path):
-    path = tmp_path / "w.txt"
-    others = [tmp_path / name for name in (".w.txt", ".w.original.txt", "w.partial-other.txt")]  # a person's own
-    for other in others:
-        other.write_text("kept")
-    script = """
-import pathlib, scripting, sys, time
-
-def write(temporary):
-    temporary.write_text("half")
-    print("writing", flush=True)
-    time.sleep(30)
-
-scripting.save_file(pathlib.Path(sys.argv[1]), write)
-"""
-    with subprocess.Popen([sys.executable, "-c", script, path], cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"writing\n"
-        (temporary,) = set(tmp_path.iterdir()) - set(others)
-        save_file(path, lambda temporary: temporary.write_text("whole"))
-        assert temporary.read_text() == "half"  # its process is alive
-        process.kill()
-    assert temporary.exists()
-    save_file(tmp_path / "w.json", lambda temporary: temporary.write_text("another file"))
-    assert temporary.exists()
-    save_file(path, lambda temporary: temporary.write_text("whole again"))
-    assert set(tmp_path.iterdir()) == {path, tmp_path / "w.json", *others}
-    assert path.read_text() == "whole again"
+def test_files_have_the_usual_mode_and_the_directories_they_need(tmp_path):
+    usual = tmp_path / "usual"
+    usual.touch()
+    path = tmp_path / "new" / "w.txt"
+    save_file(path, lambda temporary: temporary.write_text("written"))
+    assert path.stat().st_mode == usual.stat().st_mode
+    with pytest.raises(UserError, match=r"usual/w\.txt: cannot be written \((File exists|Not a directory)\)"):
+        save_file(usual / "w.txt", lambda temporary: temporary.write_text("written"))

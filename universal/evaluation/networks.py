@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from target_cnn import TargetCNN
 from universal.mnist import IMAGE_SIDE
-from universal.training.architectures import ResidualBlock, parameter_shapes
+from universal.training.architectures import parameter_shapes
 
 
 def mlp(hidden: list[int], activation: type[nn.Module] = nn.ReLU) -> nn.Module:
@@ -27,6 +27,18 @@ def cnn(channels: list[int], hidden: int) -> nn.Module:
     return nn.Sequential(
         *layers, nn.Flatten(), nn.Linear(channels[-1] * side**2, hidden), nn.ReLU(), nn.Linear(hidden, 10)
     )
+
+
+class ResidualBlock(nn.Module):
+    """[N, width, height, width] -> the same shape: the input plus two convolutions of it, and a ReLU of the sum."""
+
+    def __init__(self, width: int, kernel: int = 3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, kernel, padding="same")
+        self.conv2 = nn.Conv2d(width, width, kernel, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
 def residual_network(width: int = 32) -> nn.Module:
@@ -194,5 +206,5 @@ EVALUATED: dict[str, Callable[[], nn.Module]] = {
     "MLP of 5 hidden layers": lambda: mlp([512, 256, 128, 64, 32]),
     "MLP 784-2000-10": lambda: mlp([2000]),
 }  # fmt: skip
-with torch.device("meta"):
+with torch.random.fork_rng(devices=[]):  # on the device "meta", random numbers would import a compiler, for seconds
     EVALUATED_SHAPES = [parameter_shapes(build()) for build in EVALUATED.values()]

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from scripting import table
+from scripting import summary_statistics, table
 from target_cnn import Dataset, Score, TargetCNN, score_weights
 
 # The verdict's thresholds. On MNIST the errors of two CNNs trained from different seeds overlap by about 0.4; those of
@@ -97,7 +97,7 @@ class Copy(NamedTuple):
 
     relative_l2: float  # to the nearest checkpoint, neurons matched, relative to that checkpoint's norm
     cosine: float  # with that checkpoint, neurons matched
-    nearest: int  # the index of that checkpoint
+    nearest: str  # the name of that checkpoint
     error_overlap: float  # largest intersection over union of misclassified images with any checkpoint
 
 
@@ -107,16 +107,15 @@ def error_overlap(wrong: Tensor, other: Tensor) -> float:
     return (wrong & other).sum().item() / union if union else 1.0
 
 
-def compare(weights: Tensor, wrong: Tensor, recorded: list[Tensor], recorded_wrong: list[Tensor]) -> Copy:
-    """Hold a network, and the images it gets wrong, against all recorded checkpoints and theirs."""
+def compare(weights: Tensor, wrong: Tensor, recorded: dict[str, Tensor], recorded_wrong: list[Tensor]) -> Copy:
+    """Hold a network, and the images it gets wrong, against all recorded checkpoints, by name, and theirs."""
     distances = []
-    for index, checkpoint in enumerate(recorded):
+    for name, checkpoint in recorded.items():
         matched = match_neurons(weights, checkpoint)
         distance = torch.linalg.vector_norm(matched - checkpoint) / torch.linalg.vector_norm(checkpoint)
         cosine = torch.nn.functional.cosine_similarity(matched, checkpoint, dim=0)
-        distances.append((distance.item(), cosine.item(), index))
-    overlaps = [error_overlap(wrong, other) for other in recorded_wrong]
-    return Copy(*min(distances), error_overlap=max(overlaps))
+        distances.append((distance.item(), cosine.item(), name))
+    return Copy(*min(distances), error_overlap=max(error_overlap(wrong, other) for other in recorded_wrong))
 
 
 def mean_pairwise_overlap(wrongs: list[Tensor]) -> float | None:
@@ -203,59 +202,47 @@ def assess(
     `recorded_scores` the scores of the first of them. `reference` are the weights of a CNN trained from another seed.
     `seed` is that of the trivial noise.
     """
-    names, last = list(starts), len(states) - 1
+    last = len(states) - 1
     checkpoints = list(recorded.values())
     recorded_scores = [*recorded_scores, *score_weights(checkpoints[len(recorded_scores) :], data)]
     scores = [first_scores, *(score_weights(states[:, index], data) for index in range(1, inits))]
-    probe_scores = [score_weights(states[[1, last], index], data) for index in range(inits, len(names))]
+    first_and_last = [(results[1], results[-1]) for results in scores]
+    first_and_last += [score_weights(states[[1, last], index], data) for index in range(inits, len(starts))]
+    distances = dict(zip(starts, input_dependence(states), strict=True))
 
-    over_inits = []
-    for step in range(last + 1):
-        accuracies = torch.tensor([results[step].accuracy_percent for results in scores[:inits]], dtype=torch.float64)
-        deviation = accuracies.std().item() if inits > 1 else 0.0
-        spread = {"minimum": accuracies.min().item(), "maximum": accuracies.max().item()}
-        over_inits.append({"step": step, "mean": accuracies.mean().item(), "standard_deviation": deviation, **spread})
-
-    distances = input_dependence(states)
-    first_and_last = [(results[1], results[-1]) for results in scores] + probe_scores
-    dependence = [
-        {
-            "start": name,
-            "accuracy_percent_step_1": first.accuracy_percent,
-            "accuracy_percent_last_step": end.accuracy_percent,
-            "relative_distance": distance,
-        }
-        for name, (first, end), distance in zip(names, first_and_last, distances, strict=True)
-    ]
-
-    steps = sorted({1, last})
     generated = [
         (f"generated, step {step}", states[step, index], scores[index][step])
-        for step in steps
+        for step in sorted({1, last})
         for index in range(inits)
     ]
     trivial = trivial_methods(checkpoints, recorded_scores, reference, seed)
     trivial_scores = score_weights(trivial.values(), data)
-    networks = []
-    for method, weights, result in [*generated, *zip(trivial, trivial.values(), trivial_scores, strict=True)]:
-        copy = compare(weights, result.wrong, checkpoints, [checkpoint.wrong for checkpoint in recorded_scores])
-        figures = copy._asdict() | {"nearest": list(recorded)[copy.nearest]}
-        networks.append({"method": method, "accuracy_percent": result.accuracy_percent, **figures})
-
+    networks = [
+        {"method": method, "accuracy_percent": result.accuracy_percent}
+        | compare(weights, result.wrong, recorded, [checkpoint.wrong for checkpoint in recorded_scores])._asdict()
+        for method, weights, result in [*generated, *zip(trivial, trivial.values(), trivial_scores, strict=True)]
+    ]
     ends = networks[len(generated) - inits : len(generated)]  # the last step's
-    random_starts = [distances[i] for i, name in enumerate(names) if 0 < i < inits or name in RANDOM_PROBES]
     verdict = decide(
-        dependence=fmean(random_starts),
-        **{
-            field: fmean(network[field] for network in ends)
-            for field in ("accuracy_percent", "error_overlap", "cosine")
-        },
+        dependence=fmean(distances[name] for name in [*list(starts)[1:inits], *RANDOM_PROBES]),
+        **{name: fmean(network[name] for network in ends) for name in ("accuracy_percent", "error_overlap", "cosine")},
     )
     return {
-        "over_inits": over_inits,
-        "input_dependence": dependence,
+        "over_inits": [
+            {"step": step} | summary_statistics([results[step].accuracy_percent for results in scores])
+            for step in range(last + 1)
+        ],
+        "input_dependence": [
+            {
+                "start": name,
+                "accuracy_percent_step_1": first.accuracy_percent,
+                "accuracy_percent_last_step": end.accuracy_percent,
+                "relative_distance": distance,
+            }
+            for (name, distance), (first, end) in zip(distances.items(), first_and_last, strict=True)
+        ],
         "networks": networks,
-        "mean_overlap_among_generated": mean_pairwise_overlap([results[-1].wrong for results in scores[:inits]]),
+        "mean_overlap_among_generated": mean_pairwise_overlap([results[-1].wrong for results in scores]),
         "verdict": verdict._asdict(),
     }
 
@@ -306,7 +293,6 @@ def cost(
 def report(record: dict) -> str:
     """The record of `assess` and `cost` for people."""
     last = record["over_inits"][-1]["step"]
-    inits = sum(row["method"] == "generated, step 1" for row in record["networks"])
     over_inits = table(
         ["Step", "Mean Accuracy (%)", "Std", "Min", "Max"],
         [
@@ -326,22 +312,25 @@ def report(record: dict) -> str:
             for index, row in enumerate(record["input_dependence"])
         ],
     )
+    columns = {"accuracy_percent": 2, "relative_l2": 3, "cosine": 3, "error_overlap": 3}  # and their decimals
+    methods: dict[str, list[dict]] = {}
+    for network in record["networks"]:
+        methods.setdefault(network["method"], []).append(network)
     copies = table(
         ["Network", "Accuracy (%)", "Relative L2", "Cosine", "Error Overlap", "Nearest Checkpoint"],
         [
             [
-                row["method"],
-                f"{row['accuracy_percent']:.2f}",
-                *(f"{row[name]:.3f}" for name in ("relative_l2", "cosine", "error_overlap")),
-                row["nearest"],
+                method,
+                *(range_of([network[name] for network in networks], decimals) for name, decimals in columns.items()),
+                ", ".join(dict.fromkeys(network["nearest"] for network in networks)),
             ]
-            for row in record["networks"]
+            for method, networks in methods.items()
         ],
     )
     among = record["mean_overlap_among_generated"]
     verdict = record["verdict"]
     return f"""
-Over {inits} unseen inits:
+Over {len(methods["generated, step 1"])} unseen inits:
 {over_inits}
 
 Does the output depend on the input?
@@ -356,6 +345,12 @@ error overlap {verdict["error_overlap"]:.3f}, cosine {verdict["cosine"]:.3f})
 
 {cost_lines(record["cost"])}
 """
+
+
+def range_of(values: list[float], decimals: int) -> str:
+    """The least and the largest of the values, or what all of them round to."""
+    least, largest = (f"{value:.{decimals}f}" for value in (min(values), max(values)))
+    return least if least == largest else f"{least} to {largest}"
 
 
 def cost_lines(cost: dict) -> str:

@@ -37,11 +37,12 @@ def decorrelate(responses: Tensor, ridge: Tensor, values: Tensor) -> Tensor:
 
     `responses`, [rows, groups, neurons], are centred and of variance 1, and so they would be if they were mixed too.
     The mixing is the inverse square root of their correlations plus `ridge`, [1]: the only whitening that does not
-    prefer a neuron.
+    prefer a neuron. A neuron whose responses do not vary, and have a variance of 0, stays as it is.
     """
     rows, _, neurons = responses.shape
     if neurons == 1:
         return values
+    lacking = (1 - responses.square().mean(0)).clamp(min=0)[..., None]  # of their variance
     if neurons > MOST_ROWS:
         responses = responses[:: -(-rows // MOST_ROWS)]
     grouped = responses.movedim(0, 1)  # [groups, rows, neurons]
@@ -49,8 +50,8 @@ def decorrelate(responses: Tensor, ridge: Tensor, values: Tensor) -> Tensor:
     if neurons <= rows:
         correlation = grouped.mT @ grouped / rows
         mix = InverseSquareRoot.apply(correlation + ridge * torch.eye(neurons).to(values))
-        variance = ((mix @ correlation) * mix).sum(2, keepdim=True)
-        return torch.rsqrt(variance.clamp(min=0) + 1e-8) * mix @ values
+        variance = ((mix @ correlation) * mix).sum(2, keepdim=True).clamp(min=0)
+        return torch.rsqrt(variance + lacking / ridge) * mix @ values
     # With Z the responses and G = Z Z^T / rows: (Z^T Z / rows + r)^-1/2 = r^-1/2 + Z^T g(G) Z / rows, where
     # g(s) = ((s + r)^-1/2 - r^-1/2) / s = -1 / (root (s + r) * root r * (root (s + r) + root r)).
     identity = torch.eye(rows).to(values)
@@ -62,7 +63,7 @@ def decorrelate(responses: Tensor, ridge: Tensor, values: Tensor) -> Tensor:
         return (columns - grouped.mT @ (inner @ (grouped @ columns)) / rows) * ridge.rsqrt()
 
     variance = mixed(grouped.mT).square().mean(2, keepdim=True)
-    return torch.rsqrt(variance + 1e-8) * mixed(values)
+    return torch.rsqrt(variance + lacking / ridge) * mixed(values)
 
 
 def per_probe(values: Tensor, axis: int, probes: int) -> Tensor | None:

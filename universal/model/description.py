@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from universal.reading.calls import ACTIVATION_POINTS, Layer
 from universal.reading.graph import ComputationGraph
 
+DEEPEST = 24  # layers before or after one, of which it still makes a difference whether there are more
 FREQUENCIES = 7  # cosines along each side of a kernel or a map
 
 
@@ -65,10 +66,10 @@ def cosines_of(layer: Layer) -> Tensor:
     A position in a kernel is the distance to its centre in pixels, so that the middle of a large kernel is like a small
     one; a position in a map is relative to the map's size.
     """
-    if not layer.is_convolution:
+    if not layer.has_window:
         return cosines_at(layer.grid)
-    sides, places = layer.shape[2:], []
-    for side, dilation in zip(sides, layer.options["dilation"], strict=True):
+    sides, places = layer.window, []
+    for side, dilation in zip(sides, layer.options.get("dilation", (1,) * len(sides)), strict=True):
         distances = (torch.arange(side) - (side - 1) / 2) * dilation
         places.append((1 + torch.tanh(distances / 3)) / 2)  # within half a turn, however large the kernel
     down, across = [torch.full((1,), 0.5)] * (2 - len(sides)) + places
@@ -81,7 +82,7 @@ def cosines_at(places: Tensor) -> Tensor:
     return (cosines[:, 0, :, None] * cosines[:, 1, None, :]).flatten(1)
 
 
-def describe(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
+def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     """What a layer is, for generative step `step`: its kind, size, surroundings, and the function that follows it."""
     mean = {
         name: math.log(sum(value) / len(value))
@@ -90,19 +91,22 @@ def describe(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     }
     channels = len(layer.channels)
     values = layer.activation or ACTIVATION_POINTS
-    about = [
-        layer.is_convolution, layer.depth == 0, layer.last, step > 0, layer.depth / 4,
-        (graph.last.depth - layer.depth) / 4, math.log(channels / layer.groups) / 5, math.log(layer.shape[0]) / 5,
-        math.log(layer.positions) / 3, math.log(layer.side) / 3, mean.get("dilation", 0), mean.get("stride", 0),
-        any(reader.is_convolution for reader in layer.readers),
+    largest = max(map(abs, values))
+    # What comes is brought to scale anyway: a factor far from 1 after a function says nothing about it.
+    factor = 1.0 if 0.5 <= largest <= 4 or not largest else 2 / largest
+    description = [
+        layer.has_window, layer.depth == 0, layer.last, step > 0, min(layer.depth, DEEPEST) / 4,
+        min(graph.last.depth - layer.depth, DEEPEST) / 4, math.log(channels / layer.groups) / 5,
+        math.log(layer.shape[0]) / 5, math.log(layer.positions) / 3, math.log(layer.side) / 3,
+        mean.get("dilation", 0), mean.get("stride", 0), any(reader.has_window for reader in layer.readers),
         any(len(reader.sources) > 1 for reader in layer.readers), math.log(layer.resolution) / 3,
         math.log(layer.groups) / 3, layer.groups == channels > 1, layer.normalised,
-        any(reader.pooled for reader in layer.readers), layer.pooled, not layer.is_convolution and layer.resolution > 1,
+        any(reader.pooled for reader in layer.readers), layer.pooled, not layer.has_window and layer.resolution > 1,
         layer.places is not None, layer.channels.shape[1] > 1, math.log(len(layer.sources)),
         math.log(graph.classes) - 2, graph.convolutional, math.log(len(graph.layers)) / 2,
-        *(max(-3.0, min(3.0, value)) for value in values),
+        *(max(-3.0, min(3.0, factor * value)) for value in values),
     ]  # fmt: skip
-    return torch.tensor([float(value) for value in about])
+    return torch.tensor([float(value) for value in description])
 
 
-DESCRIPTION = 27 + len(ACTIVATION_POINTS)  # numbers that `describe` gives
+DESCRIPTION = 27 + len(ACTIVATION_POINTS)  # numbers that `description_of` gives

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from scripting import UserError, load_file, save_tensors
 from universal.mnist import IMAGE_SHAPE
-from universal.model.description import DESCRIPTION, describe
+from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
 from universal.model.task import Task
 from universal.model.tuning import Tuning
@@ -26,8 +26,7 @@ from universal.reading.graph import ComputationGraph
 SYNTHESIZER = Path(__file__).resolve().parents[1] / "synthesizer.pth"
 MAKER = "python -m universal.train"
 LEAST_SHARE = 1e-3  # of an expert, to be worth its time
-ADDED = {"gain_scale", "seen", "patch_share", "patch_ridge"}  # parameters that version 7 did not have
-VERSION = 8  # 7 had fewer parameters, 6 no scales, and 5 a single expert
+VERSION = 8  # of the files; others are refused
 
 
 class Unwritable(ValueError):
@@ -100,11 +99,11 @@ class GraphWeightSynthesizer(nn.Module):
 
     def shares(self, graph: ComputationGraph, step: int = 0) -> Tensor:
         """How much of each expert's parameters a network gets, [experts]; they sum to 1."""
-        return self.router(self.about(graph, step)).softmax(0)
+        return self.router(self.description(graph, step)).softmax(0)
 
-    def about(self, graph: ComputationGraph, step: int = 0) -> Tensor:
+    def description(self, graph: ComputationGraph, step: int = 0) -> Tensor:
         """What the router knows of a network, [DESCRIPTION]: the mean of what its layers are."""
-        layers = torch.stack([describe(layer, graph, step) for layer in graph.layers])
+        layers = torch.stack([description_of(layer, graph, step) for layer in graph.layers])
         return layers.mean(0).to(self.router.weight)
 
     def merged(self, shares: Tensor) -> dict[str, Tensor]:
@@ -241,30 +240,20 @@ def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu
     if not is_synthesizer(content):
         raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
     version = content.get("version")
-    if version not in (5, 6, 7, VERSION):
+    if version != VERSION:
         raise UserError(
-            f"{path}: a synthesiser of version {version}, but this code reads versions 5 to {VERSION}: "
+            f"{path}: a synthesiser of version {version}, but this code reads version {VERSION}: "
             f"make it again with {MAKER}"
         )
     try:
         synthesizer = GraphWeightSynthesizer(**content["settings"])
-        state = in_full(content["state_dict"], content["scales"] if version > 6 else {})
-        if version == 5:
-            state = {f"experts.0.{name}": tensor for name, tensor in state.items()}
-            state |= {f"router.{name}": tensor for name, tensor in synthesizer.router.state_dict().items()}
-        synthesizer.load_state_dict(with_added(state, synthesizer) if version < VERSION else state)
+        synthesizer.load_state_dict(in_full(content["state_dict"], content["scales"]))
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: a damaged synthesiser: make it again with {MAKER}") from error
     if not all(tensor.isfinite().all() for tensor in synthesizer.state_dict().values()):
         raise UserError(f"{path}: holds NaN or infinite weights: make it again with {MAKER}")
     return synthesizer.to(device).eval()
-
-
-def with_added(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """An earlier `state` of `module`, with the parameters that were ADDED since, which as they start change nothing."""
-    added = {name: tensor for name, tensor in module.state_dict().items() if ADDED & {*name.split(".")}}
-    return added | state
 
 
 def is_synthesizer(content) -> bool:

@@ -63,4 +63,4 @@ class Tuning(nn.Module):
 
     def kinds(self, layer: Layer) -> Tensor:
         """Which of LAYER_KINDS a layer is of, as numbers."""
-        return self.offsets.new_tensor([True, layer.is_convolution, layer.depth == 0, layer.last])
+        return self.offsets.new_tensor([True, layer.has_window, layer.depth == 0, layer.last])

@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from universal.model.algebra import decorrelate, per_probe, ridge_regression, unit_responses, unit_rms
 from universal.model.description import AcrossNeurons, ConditionedMLP, PositionFunctions
+from universal.model.sizes import bounded, inverse_deviation
 from universal.model.task import Task
 from universal.model.tuning import Tuning
 from universal.reading.calls import Layer
 
+LARGEST = 30.0  # logarithm of a scalar, however deep a network is
 POSITIONS = 3  # along each side of the maps, at which regressions look at what a convolution reads
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
@@ -78,7 +80,7 @@ class Writer(nn.Module):
             fitted = ridge_regression(features, wanted_of(len(features)), ridge)
             share = self.scalar("concept_share", layer, about)
             weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
-        if layer.is_convolution and inputs is not None:
+        if layer.has_window and inputs is not None:
             share = self.patch_share(about)
             if share.requires_grad or share != 0:
                 patches = layer.patches(inputs, POSITIONS)
@@ -114,7 +116,7 @@ class Writer(nn.Module):
         dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
         dual = dual.view(layer.groups, -1, self.dimension)
         functions = self.functions(layer, about)
-        expanded = (self.kernels if layer.is_convolution else self.maps)(codes)
+        expanded = (self.kernels if layer.has_window else self.maps)(codes)
         expanded = expanded.view(layer.groups, -1, self.rank, self.dimension)
         # Whichever way makes less of it: along the positions first, or along the channels. Channels come last, so that
         # the weight of a convolution lies as channels-last has it, which is the fastest.
@@ -126,11 +128,11 @@ class Writer(nn.Module):
         return layer.weight_of(kernels / math.sqrt(kernels[0].numel() * self.rank * self.dimension))
 
     def scalar(self, name: str, layer: Layer, about: Tensor) -> Tensor:
-        """One of the positive numbers that depend on the layer, [1]."""
+        """One of the positive numbers that depend on the layer, [1], within exp(-LARGEST) and exp(LARGEST)."""
         logarithm = self.scalars[name](about) + SCALARS[name]
         if self.tuning is not None and name in self.tuning.names:
             logarithm = logarithm + self.tuning.offset(name, layer)
-        return logarithm.exp()
+        return logarithm.clamp(-LARGEST, LARGEST).exp()
 
     def to_scale(
         self, layer: Layer, inputs: Tensor, weight: Tensor, mean: Tensor, gain: Tensor, about: Tensor
@@ -141,22 +143,22 @@ class Writer(nn.Module):
         deviations, `mean`, in the mean. They are also made less alike than they were. Of a convolution, a part of the
         probes is enough.
         """
-        some = inputs[:SCALING_PROBES] if layer.is_convolution else inputs
-        responses, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
+        some = inputs[:SCALING_PROBES] if layer.has_window else inputs
+        responses, own_mean, inverse = standardised_responses(layer, some, weight)
         responses = responses.unflatten(1, (layer.groups, -1))
         positions_first = weight.movedim(1, -1)  # as the weight of a convolution lies in memory
-        values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse_deviation[:, None]
+        values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse[:, None]
         values = values.unflatten(0, (layer.groups, -1))
         values = decorrelate(responses, self.scalar("correlation_ridge", layer, about) + 1e-2, values).flatten(0, 1)
         weight, own_mean = values[:, :-1].view(positions_first.shape).movedim(-1, 1), values[:, -1]
         if self.tuning is not None:
             weight = self.tuning.spread(layer, weight, inputs)
-            _, own_mean, inverse_deviation = standardised_responses(layer, some, weight)
-            weight = weight * inverse_deviation.view(-1, *[1] * (weight.dim() - 1))
-            own_mean = own_mean * inverse_deviation
+            _, own_mean, inverse = standardised_responses(layer, some, weight)
+            weight = weight * inverse.view(-1, *[1] * (weight.dim() - 1))
+            own_mean = own_mean * inverse
             gain = gain * self.tuning.evening(layer, weight)
-        weight = gain.view(-1, *[1] * (weight.dim() - 1)) * weight
-        bias = gain * (mean - own_mean) if layer.bias else None
+        weight = bounded(gain.view(-1, *[1] * (weight.dim() - 1)) * weight)
+        bias = bounded(gain * (mean - own_mean)) if layer.bias else None
         return weight, bias, layer(inputs, weight, bias)
 
     def classes_to_scale(
@@ -170,13 +172,16 @@ class Writer(nn.Module):
         logits = per_probe(responses, -1, probes)  # averaged in the end
         logits = responses.flatten(0, -2) if logits is None else logits
         mean = logits.mean(0)
-        scale = self.scalar("logit_scale", layer, about) * torch.rsqrt((logits - mean).square().mean() + 1e-8)
+        length = weight.flatten(1).norm(dim=1)
+        squares = ((logits - mean).square(), mean.square(), length.square())
+        scale = self.scalar("logit_scale", layer, about) * inverse_deviation(*(square.mean() for square in squares))
         bias = -mean * scale
         if layer.activation:
             below, above = (layer.activation[index] == layer.activation[index + 1] for index in (0, -2))
             if below and not above:  # what cuts off what is negative, such as a ReLU, is to let all pass
                 bias = bias + 3 * (responses * scale).std()
-        return weight * scale, bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, layer.axis)
+        bias = bounded(bias)
+        return bounded(weight * scale), bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, layer.axis)
 
 
 def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,5 +189,5 @@ def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tupl
     responses = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
     mean = responses.mean(0)  # torch.var_mean over dimensions that lie apart is ten times slower
     responses = responses - mean
-    inverse_deviation = torch.rsqrt(responses.square().mean(0) + 1e-8)
-    return responses * inverse_deviation, mean, inverse_deviation
+    inverse = inverse_deviation(responses.square().mean(0), mean.square(), weight.flatten(1).square().sum(1))
+    return responses * inverse, mean, inverse

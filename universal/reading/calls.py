@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from universal.reading import products
+
 ACTIVATION_POINTS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)  # where the function after a layer is looked at
 
 
@@ -80,15 +82,16 @@ class Layer:
     weight: Part
     bias: Part | None
     shape: tuple[int, ...]
-    options: dict  # stride, padding and dilation, one number a side, and groups of a convolution; else empty
+    options: dict  # stride, padding and dilation, one number a side, and groups of a convolution; stride of a window
     channels: Tensor
     places: Tensor | None
     grid: Tensor | None  # [positions, 2], within (0, 1), of a linear layer; None where the kernel has the positions
     order: Tensor | None
     depth: int  # how many layers the images have passed before this one, on the longest way
     sources: frozenset[int]  # indices of the layers whose outputs reach it; -1 for the images
+    window: tuple[int, ...] | None  # sides of the kernel of a convolution, or of the windows that a linear layer reads
     resolution: float  # side of the maps, if they were square, or number of tokens, that it gives
-    side: float  # side of the maps, if they were square, that a convolution reads; 1 for a linear layer
+    side: float  # side of the maps, if they were square, that are read through a window; 1 for other layers
     index: int = 0
     first_neuron: int = 0  # the number of its first neuron
     last: bool = False  # whether its outputs are the classes
@@ -105,6 +108,11 @@ class Layer:
     @property
     def is_convolution(self) -> bool:
         return self.grid is None
+
+    @property
+    def has_window(self) -> bool:
+        """Whether a neuron reads a window of maps: that of a kernel, or of the features of a linear layer."""
+        return self.window is not None
 
     @property
     def axis(self) -> int:
@@ -135,10 +143,13 @@ class Layer:
         return flat if self.order is None else flat[:, torch.argsort(self.order)]
 
     def patches(self, inputs: Tensor, most: int) -> Tensor:
-        """What each group of a convolution reads at up to `most` positions along each side of the maps.
+        """What each group of a layer with windows reads at up to `most` positions along each side of the maps.
 
         [groups, N, positions, features], of which the features lie as the weight of a neuron does, flattened.
         """
+        if not self.is_convolution:
+            rows = inputs.flatten(1, -2)
+            return rows[None, :, :: -(-rows.shape[1] // most**2)]
         kernel = self.shape[2:]
         stride, padding, dilation = (self.options[name] for name in ("stride", "padding", "dilation"))
         # F.unfold would lay out all positions, most of which are not looked at, and takes no maps of one dimension.
@@ -218,8 +229,9 @@ class Norm:
 class Shift:
     """A parameter that is added to activations: a bias by hand, or what tells tokens their places.
 
-    `channels`, [inputs], are the numbers of the neurons, which lie on `axis`; `places`, [n, 2], are those of what it
-    adds to one neuron, None if that is one number. `shape` is that of the parameter.
+    `channels`, [inputs], are the numbers of the neurons, which lie on `axis`, counted from the last, of activations and
+    parameter; `places`, [n, 2], are those of what it adds to one neuron, None if that is one number. `shape` is that of
+    the parameter.
     """
 
     name: str
@@ -237,15 +249,47 @@ class Shift:
 
     def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
         """What comes out with the parameter in `weights`."""
-        return inputs + self.part.of(weights)
+        return self(inputs, self.part.of(weights))
+
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs + parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if this, `wanted`, were added."""
+        return wanted
+
+
+class Difference(Shift):
+    """A parameter that is taken off activations."""
+
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs - parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if this, `wanted`, were added."""
+        return -wanted
 
 
 class Gain(Shift):
     """A parameter that activations are multiplied by, with the same attributes: one number or more for each neuron."""
 
-    def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
-        """What comes out with the parameter in `weights`."""
-        return inputs * self.part.of(weights)
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs * parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if activations were multiplied by this, `wanted`."""
+        return wanted
+
+
+class Quotient(Gain):
+    """A parameter that activations are divided by."""
+
+    def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
+        return inputs / parameter
+
+    def parameter(self, wanted: Tensor) -> Tensor:
+        """The parameter that does as if activations were multiplied by this, `wanted`."""
+        return 1 / wanted
 
 
 Call = Layer | Norm | Shift  # or a Gain, which is a Shift
@@ -262,9 +306,11 @@ class Kind:
     axis: int
     is_norm: bool = False
     by_element: type[Shift] | None = None  # what it is if its other input is a parameter
+    commutes: bool = True  # whether its first input may be that as well
     is_convolution: bool = False
     transposed: bool = False  # whether the weight is [features, neurons]
     by_inputs: str = ""  # of a norm with running statistics: the argument that says not to use them
+    product: Callable[..., products.Product | None] | None = None  # what it is over other axes
 
     def bind(self, args: tuple, kwargs: dict) -> dict:
         return dict(zip(self.arguments, args, strict=False)) | kwargs
@@ -278,11 +324,7 @@ KINDS: dict[Callable, Kind] = {
     torch.conv1d: CONVOLUTION,
     torch.conv2d: CONVOLUTION,
     F.linear: LINEAR,
-    torch.matmul: PRODUCT,
-    torch.mm: PRODUCT,
-    Tensor.matmul: PRODUCT,
-    Tensor.mm: PRODUCT,
-    Tensor.__matmul__: PRODUCT,
+    torch.einsum: Kind((), -1, product=products.of_einsum),
     torch.addmm: Kind(("bias", "input", "weight"), -1, transposed=True),
     F.batch_norm: Kind(
         ("input", *STATISTICS, "weight", "bias", "training", "momentum", "eps"), 1, is_norm=True, by_inputs="training"
@@ -297,16 +339,27 @@ KINDS: dict[Callable, Kind] = {
     F.layer_norm: Kind(("input", "normalized_shape", "weight", "bias", "eps"), -1, is_norm=True),
     F.rms_norm: Kind(("input", "normalized_shape", "weight", "eps"), -1, is_norm=True),
 }
+PRODUCT = Kind(("input", "weight"), -1, transposed=True, product=products.of_matrices)
+PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
+KINDS |= dict.fromkeys(PRODUCTS, PRODUCT)
 SUM = Kind(("input", "other"), -1, by_element=Shift)
-KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), SUM)
+KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), SUM)
 TIMES = Kind(("input", "other"), -1, by_element=Gain)
-KINDS |= dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__), TIMES)
+TIMES_FUNCTIONS = (torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+KINDS |= dict.fromkeys(TIMES_FUNCTIONS, TIMES)
+MINUS = Kind(("input", "other"), -1, by_element=Difference, commutes=False)
+KINDS |= dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__), MINUS)
+OVER = Kind(("input", "other"), -1, by_element=Quotient, commutes=False)
+OVER_FUNCTIONS = (torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__)
+KINDS |= dict.fromkeys(OVER_FUNCTIONS, OVER)
+# Functions of which an argument changes nothing if it is 1, not 0.
+RATIOS = {
+    *TIMES_FUNCTIONS, *OVER_FUNCTIONS, Tensor.__rtruediv__, torch.multiply, Tensor.multiply, torch.divide,
+    torch.true_divide,
+}  # fmt: skip
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
-CONTRACTIONS = {
-    torch.matmul, torch.bmm, torch.mm, torch.einsum, Tensor.matmul, Tensor.bmm, Tensor.mm, Tensor.__matmul__,
-    torch.baddbmm,
-}  # fmt: skip
+CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot, F.scaled_dot_product_attention}
 # Layers that cannot be written, by the names of their functions.
 REFUSED = {
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
@@ -346,17 +399,23 @@ def attention(
 
 
 class Calls(TorchFunctionMode):
-    """A forward pass of which `call(kind, function, args, kwargs)` computes every call that may take weights."""
+    """A forward pass of which `call(kind, function, args, kwargs)` computes every call that may take weights.
+
+    What it calls `within` the mode is seen in its turn.
+    """
 
     def __init__(self, call: Callable, follow: Callable = lambda *_: None):
         super().__init__()
         self.call, self.follow = call, follow
 
+    def within(self, function: Callable, *args, **kwargs):
+        with self:
+            return function(*args, **kwargs)
+
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
-            with self:
-                return attention(*args, **kwargs)
+            return self.within(attention, *args, **kwargs)
         if function in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if function is Tensor.view and all(isinstance(size, int | tuple | list) for size in args[1:]):

@@ -74,9 +74,9 @@ class Neurons:
 class Follower:
     """What is known of the tensors of one forward pass: the numbers of activations, the parts of parameters."""
 
-    def __init__(self, parameters: dict[str, Tensor], originals: dict[str, Tensor]):
+    def __init__(self, parameters: dict[str, Tensor], originals: dict[str, Tensor], buffers: set[str]):
         self.neurons = Neurons()
-        self.parameters = parameters
+        self.parameters, self.buffers = parameters, buffers
         self._numbers: dict[int, Numbers] = {}
         frozen = {name for name, tensor in originals.items() if not tensor.requires_grad}
         named = [*originals.items(), *parameters.items()]  # a module may keep its own beside those it is called with
@@ -95,6 +95,11 @@ class Follower:
     def part(self, tensor) -> Part | None:
         return self._parts.get(id(tensor))
 
+    def parameter(self, tensor) -> Part | None:
+        """The part that a tensor is of a parameter; None where it is of a buffer, which is a constant."""
+        part = self.part(tensor)
+        return None if part is None or part.name in self.buffers else part
+
     def computed_from(self, tensor) -> str | None:
         return self._computed.get(id(tensor))
 
@@ -102,7 +107,7 @@ class Follower:
         return id(tensor) in self._values
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> bool:
-        """Find out what a function's `result` is of. Whether it only moved elements or was a function of single ones.
+        """Find out what a function's `result` is of. Whether it only moved elements, or averaged those of one neuron.
 
         For that the function is called again, with numbers in the place of the activations.
         """
@@ -124,9 +129,9 @@ class Follower:
             except Exception:  # of numbers a function may think whatever it likes
                 return []
 
-        outputs = [(index, output) for index, output in enumerate(tree_leaves(result)) if is_float(output)]
+        outputs = [(index, output) for index, output in enumerate(tree_leaves(result)) if is_activation(output)]
         if followed or any(id(leaf) in self._values for leaf in leaves):
-            whole = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not is_float(leaf)]
+            whole = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and not is_activation(leaf)]
             self._values |= {id(leaf) for leaf in whole}
             self._alive += whole
         if not followed:
@@ -135,19 +140,37 @@ class Follower:
         inputs = list(followed.values())
         depth = max(numbers.depth for numbers in inputs)
         sources = frozenset().union(*(numbers.sources for numbers in inputs))
-        plain = True
+        moves = True
         for index, output in outputs:
             numbers = None
             if function not in CONTRACTIONS:
-                numbers = self._moved(followed, again, index, output.shape) or self._elementwise(inputs, output.shape)
+                together = len(inputs) > 1 and broadcast(*(one.codes.shape for one in inputs)) == output.shape
+                numbers = None if together else self._moved(followed, again, index, output.shape)
+                if numbers is None:
+                    numbers = self._elementwise(inputs, output.shape)
+                    moves = moves and numbers is None
             if numbers is None:
-                plain = False
                 numbers = self._averaged(followed, again, index, output.shape)
             if numbers is None:
+                moves = False
                 middle = torch.full(output.shape, 0.5, dtype=torch.float64)
                 numbers = Numbers(torch.zeros_like(middle), middle, middle)
             self.number(output, numbers._replace(depth=depth, sources=sources))
-        return plain
+        return moves
+
+    def assign(self, target: Tensor, index, value) -> bool:
+        """Follow `target[index] = value`. Whether that only moves elements: it does."""
+        if self.numbers(value) is None:
+            return True
+        middle = torch.full(target.shape, 0.5, dtype=torch.float64)
+        before = self.numbers(target) or Numbers(torch.zeros_like(middle), middle, middle)
+        after = before._replace(codes=before.codes.clone(), y=before.y.clone(), x=before.x.clone())
+        value = self.numbers(value)
+        for own, new in zip(after[:3], value[:3], strict=True):
+            own[index] = new
+        depth, sources = max(before.depth, value.depth), before.sources | value.sources
+        self.number(target, after._replace(depth=depth, sources=sources))
+        return True
 
     def _moved(self, followed: dict[int, Numbers], again: Callable, index: int, shape: torch.Size) -> Numbers | None:
         """The numbers of an output whose elements are some of the inputs', or averages of one neuron's.
@@ -167,24 +190,28 @@ class Follower:
         moved = forth[index] if index < len(forth) else None
         if not isinstance(moved, Tensor) or moved.shape != shape or moved.dtype != torch.float64:
             return None
-        if len(followed) == 1 and torch.equal(moved.reshape(-1), first.codes.reshape(-1)):  # at most reshaped
-            return first._replace(codes=moved, y=first.y.reshape(shape), x=first.x.reshape(shape))
+        if len(followed) == 1 and torch.equal(moved.reshape(-1), first.codes.reshape(-1)):
+            order = torch.arange(moved.numel(), dtype=torch.float64)
+            places = again(dict.fromkeys(followed, order.view(first.codes.shape)), math.nan)[index]
+            if torch.equal(places.reshape(-1), order):  # at most reshaped
+                return first._replace(codes=moved, y=first.y.reshape(shape), x=first.x.reshape(shape))
         if shape != first.codes.shape and not moved.isnan().all():
             moved = moved.nan_to_num(0.0)
-        if self.neurons.numbers(moved) is None:
+        numbers = self.neurons.numbers(moved)
+        if numbers is None:
             return None
         codes, turned = both_ways("codes", 3.0)
-        codes = torch.where((codes - turned).abs() < 1e-11, codes, 0.0)
+        # Averages are of a neuron's code but for rounding.
+        codes = torch.where((codes - turned).abs() < 1e-11, self.neurons.codes[numbers], 0.0)
         y, x = (sum(both_ways(part, 1.0)).nan_to_num(1.0) / 2 for part in ("y", "x"))
         return Numbers(codes, y, x)
 
     def _elementwise(self, inputs: list[Numbers], shape: torch.Size) -> Numbers | None:
-        """The numbers of an output that has the shape of its inputs, broadcast: of the sums of their neurons."""
-        try:
-            if torch.broadcast_shapes(*(numbers.codes.shape for numbers in inputs)) != shape:
-                return None
-        except RuntimeError:
+        """The numbers of an output of the shape that its inputs, and what else went in, are broadcast to: of the sums
+        of their neurons."""
+        if broadcast(*(numbers.codes.shape for numbers in inputs), shape) != shape:
             return None
+        inputs = [numbers for numbers in inputs if numbers.codes.any()] or inputs  # of others the places say nothing
         codes, y, x = (tensor.expand(shape) for tensor in inputs[0][:3])
         for other in inputs[1:]:
             codes = self.neurons.summed(codes, other.codes.expand(shape))
@@ -198,13 +225,15 @@ class Follower:
         """
         ones = {place: torch.ones_like(numbers.codes) for place, numbers in followed.items()}
         total = again(ones)
-        if not total or total[index].shape != shape:
+        if index >= len(total) or not is_float(total[index]) or total[index].shape != shape:
             return None
         found = None
         for place, numbers in followed.items():
             codes, y, x = (again(ones | {place: values})[index] / total[index] for values in numbers[:3])
-            if not numbers.codes.any() or self.neurons.numbers(codes) is None:
+            known = self.neurons.numbers(codes) if numbers.codes.any() else None
+            if known is None:
                 continue
+            codes = self.neurons.codes[known]
             if found is not None:
                 codes = self.neurons.summed(found.codes, codes)
             found = Numbers(codes, y, x)
@@ -217,12 +246,38 @@ class Follower:
         for index, output in outputs if parts or computed else []:
             if self.part(output) is None:  # a function may return what it is given
                 self._alive.append(output)
-                names = [part.name for part in parts.values()]
-                names += [self._computed[id(leaf)] for leaf in leaves if id(leaf) in self._computed]
-                self._computed[id(output)] = ", ".join(dict.fromkeys(names))
                 if len(parts) == 1 and not computed:
                     ((place, part),) = parts.items()
                     elements = torch.arange(leaves[place].numel(), dtype=torch.float64).view(leaves[place].shape)
-                    moved = again({place: elements}, math.nan)[index].long()
-                    if moved.shape == output.shape and torch.equal(leaves[place].flatten()[moved], output):
+                    moved = moved_elements(again({place: elements}, math.nan)[index : index + 1], leaves[place], output)
+                    if moved is not None:
                         self._parts[id(output)] = part.moved(self.parameters[part.name], moved)
+                        continue
+                names = [part.name for part in parts.values()]
+                names += [self._computed[id(leaf)] for leaf in leaves if id(leaf) in self._computed]
+                self._computed[id(output)] = ", ".join(dict.fromkeys(names))
+
+
+def broadcast(*shapes: torch.Size) -> torch.Size | None:
+    """The shape that tensors of these shapes are broadcast to, if they can be."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
+
+
+def moved_elements(found: list, before: Tensor, after: Tensor) -> Tensor | None:
+    """Which elements of `before`, of the shape of `after`, these are, if what was `found` in their place says so."""
+    if not found or not is_float(found[0]) or found[0].shape != after.shape or not after.numel():
+        return None
+    (places,) = found
+    whole = places.isfinite().all() and places.min() >= 0 and places.max() < before.numel()
+    if not whole or not torch.equal(places, places.round()):
+        return None
+    moved = places.long()
+    return moved if torch.equal(before.flatten()[moved], after) else None
+
+
+def is_activation(value) -> bool:
+    """Whether a value is a tensor of numbers that may be activations: real, or complex."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +26,39 @@ def side_of(sizes: Sequence[int]) -> float:
 def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Tensor | None] | None:
     """How a parameter that is added to activations with these numbers, or multiplied, fits them, if it does.
 
-    That is the axis of the neurons; their codes, [neurons]; and, if it adds something else at every place, the places.
+    That is the axis of the neurons, counted from the last; their codes, [neurons]; and, if it adds something else at
+    every place, the places, [n, 2]. Where broadcasting puts it decides, as in the sum itself.
     """
-    shape = (1,) * (numbers.codes.dim() - parameter.dim()) + tuple(parameter.shape)
-    if len(shape) != numbers.codes.dim() or shape[0] != 1:
+    dimensions = numbers.codes.dim()
+    shape = (1,) * (dimensions - parameter.dim()) + tuple(parameter.shape)
+    if len(shape) != dimensions or shape[0] != 1:
         return None
-    for axis in (-1, 1):
-        codes, y, x = (tensor[:1].movedim(axis, -1).flatten(0, -2) for tensor in numbers[:3])
-        neurons = codes.amax(0)
-        added = parameter.view(shape).movedim(axis, -1).flatten(0, -2)
-        fits = added.shape[1] == len(neurons) and len(added) in (1, len(codes))
-        if fits and ((codes == neurons) | (codes == 0)).all():  # beside tokens of no neuron
-            return axis, neurons, torch.stack([y[:, 0], x[:, 0]], 1).float() if len(added) > 1 else None
+    codes, y, x = (tensor[:1] for tensor in numbers[:3])
+    if any(size not in (1, own) for size, own in zip(shape, codes.shape, strict=True)):
+        return None
+    for axis in (-1, *range(1 - dimensions, -1)):
+        if shape[axis] != codes.shape[axis] or -axis > parameter.dim():
+            continue
+        along = codes.movedim(axis, -1).flatten(0, -2)
+        neurons = along.amax(0)
+        if neurons.any() and ((along == neurons) | (along == 0)).all():  # beside tokens of no neuron
+            # It tells places apart along those axes that it has.
+            means = [tensor.movedim(axis, -1).flatten(0, -2).mean(0) for tensor in (y, x)]
+            own = torch.stack([neurons, *means], 1)
+            if len(own.unique(dim=0)) < len(own):
+                return None  # one neuron, expanded: nothing tells its copies from each other
+            alike = [place for place in range(dimensions) if shape[place] == 1]
+            y, x = (tensor.mean(alike, keepdim=True) if alike else tensor for tensor in (y, x))
+            y, x = (tensor.movedim(axis, -1).flatten(0, -2)[:, 0] for tensor in (y, x))
+            places = torch.stack([y, x], 1).float()
+            if len(places) > 1 and (places == places[0]).all():
+                return None  # nothing tells what is added at one of them from the others
+            return axis, neurons, places if len(places) > 1 else None
+    # Of activations that are of other neurons at every place, as where tokens were mixed, it has those at the first.
+    for axis in (-1, *range(1 - dimensions, -1)):
+        first = codes.movedim(axis, -1).flatten(0, -2)[0]
+        if parameter.numel() == shape[axis] == len(first) > 1 and first.any():
+            return axis, first, None
     return None
 
 
@@ -85,3 +107,51 @@ def ranks(places: Tensor) -> Tensor:
     """Places within (0, 1), spread evenly."""
     found, which = (places * 1e6).round().unique(return_inverse=True)
     return middles(len(found))[which]
+
+
+class Windows(NamedTuple):
+    """The windows of a map that the rows of features of a linear layer are: what makes it a convolution."""
+
+    sides: tuple[int, int]  # of a window
+    order: Tensor | None  # of the features, that brings the positions of a channel together, row by row
+    stride: tuple[int, int]
+    map_side: int  # of the map that they are windows of
+    across: int  # how many there are beside each other
+
+
+WIDEST = 16  # sides of windows: in larger ones, the places in a kernel can hardly be told from each other
+
+
+def find_windows(numbers: Numbers, order: Tensor | None, positions: int) -> Windows | None:
+    """The windows that a linear layer reads whose features, in this `order`, are channels at so many positions.
+
+    None unless it reads more than one, each a rectangle of as many places, somewhere else.
+    """
+    y, x = (tensor.flatten(0, -2) for tensor in numbers[1:3])
+    count = y.shape[1]
+    order = torch.arange(count) if order is None else order
+    if positions == 1 or count % positions or len(y) < 3:
+        return None
+    y, x = (tensor[:, order].view(len(tensor), -1, positions) for tensor in (y, x))
+    found = []
+    for places in (y, x):
+        corner = places.amin((1, 2), keepdim=True)
+        within = places - corner
+        if not torch.allclose(within, within[:1, :1].expand_as(within), atol=1e-9):
+            return None
+        inside, outside = ((values * 1e7).round().unique() / 1e7 for values in (within[0, 0], corner))
+        found.append((within[0, 0], inside, outside))
+    sides = tuple(len(inside) for _, inside, _ in found)
+    if math.prod(sides) != positions or max(sides) > WIDEST or all(len(outside) == 1 for *_, outside in found):
+        return None
+    steps = [inside.diff().min().item() if len(inside) > 1 else 0.0 for _, inside, _ in found]
+    steps = [step or max(steps) for step in steps]
+    stride = tuple(
+        round(outside.diff().min().item() / step) if len(outside) > 1 else side
+        for (*_, outside), step, side in zip(found, steps, sides, strict=True)
+    )
+    (down, *_), (across, inside, outside) = found
+    by_rows = torch.argsort((down * 1e7).round() * 1e8 + (across * 1e7).round(), stable=True)
+    order = order.view(-1, positions)[:, by_rows].flatten()
+    in_order = torch.equal(order, torch.arange(count))
+    return Windows(sides, None if in_order else order, stride, round(1 / steps[1]), len(outside))

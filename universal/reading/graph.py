@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import sys
+import threading
 from collections import ChainMap
 from collections.abc import Callable, Collection, Iterator
 
@@ -53,7 +54,7 @@ class ComputationGraph:
                 self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
             reading = self._try_formats(formats, precision, self._read)
         self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
-        self.neurons, self.classes, self._calls = reading.follower.neurons, reading.last.shape[0], reading.calls
+        self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
         self.counters = [name for name in counters if name in self.state()]
@@ -113,29 +114,29 @@ class ComputationGraph:
         return self._forward(images, own, compute)
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
-        """The logits of images, each layer and norm computed in their precision by `compute(layer or norm, inputs)`."""
-        calls = iter(self._calls)
+        """The logits of images, in their precision, each layer and norm by `compute(layer or norm, inputs)`."""
+        steps = iter(self._steps)
         weights = self._taken(weights)
         names = {id(tensor): name for name, tensor in weights.items()}
         another_way = ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
 
         def call(kind: Kind, function: Callable, args: tuple, kwargs: dict):
-            expected, found = next(calls, (None, None))
-            if expected is not function:
+            step = next(steps, None)
+            if step is None or step.function is not function:
                 raise another_way
-            if found is None:
+            if step.rewritten is not None:
+                return calls.within(step.rewritten, args, kwargs)
+            if step.found is None:
                 return function(*args, **kwargs)
-            given = kind.bind(args, kwargs)
-            inputs = given["input"]
+            given, found = kind.bind(args, kwargs), step.found
             if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
                 raise another_way
-            if kind.by_element and inputs is weights.get(found.part.name):
-                inputs = given["other"]
+            inputs = given[step.activations]
             return compute(found, inputs.to(images.dtype)).to(inputs.dtype)
 
-        with still(self.module), Calls(call):
+        with still(self.module), Calls(call) as calls:
             logits = logits_of(functional_call(self.module, weights, self._given(images)))
-        if next(calls, None) is not None:
+        if next(steps, None) is not None:
             raise another_way
         return logits.to(images.dtype)
 
@@ -178,7 +179,7 @@ class ComputationGraph:
                 except Refused:
                     raise
                 except Exception as error:  # the module's own code may raise anything
-                    failures.append((len(reading.calls), shape_of(inputs), f"{in_short(error)}{place_of(error)}"))
+                    failures.append((len(reading.steps), shape_of(inputs), f"{in_short(error)}{place_of(error)}"))
         _, shape, reason = max(failures, key=lambda failure: failure[0])
         shapes = ", ".join(shape for _, shape, _ in failures)
         raise ValueError(f"{type(self.module).__name__} takes no inputs of shape {shapes}; of {shape} it says {reason}")
@@ -197,13 +198,13 @@ class ComputationGraph:
         state = self._taken(self._own(inputs))
         buffers = {*dict(self.module.named_buffers())}
         reading.start(inputs, self.format, axes, state, self.state(), buffers)
-        with Calls(reading.call, reading.follow):
+        with reading:
             output = functional_call(self.module, state, inputs)
         reading.finish(output, type(self.module).__name__)
 
     @property
     def convolutional(self) -> bool:
-        return any(layer.is_convolution for layer in self.layers)
+        return any(layer.has_window for layer in self.layers)
 
     @functools.cached_property
     def is_rescalable(self) -> bool:
@@ -277,22 +278,28 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
+ONE_AT_A_TIME = threading.RLock()
+
+
 @contextlib.contextmanager
 def still(module: nn.Module) -> Iterator[None]:
     """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and PyTorch's state
-    of random numbers, as they are. What the module draws is the same every time."""
-    modes = [(part, part.training) for part in module.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the fused transformer layer would hide its parts
-    try:
-        module.eval()
-        with torch.random.fork_rng(devices=[]), uncompiled():
+    of random numbers, as they are. What the module draws is the same every time.
+
+    One at a time: all threads share that state, and the switch of PyTorch's fused transformer layer.
+    """
+    with ONE_AT_A_TIME, torch.random.fork_rng(devices=[]), uncompiled():
+        modes = [(part, part.training) for part in module.modules()]
+        fused = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # it would hide its parts
+        try:
+            module.eval()
             torch.default_generator.manual_seed(0)
             yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        torch.backends.mha.set_fastpath_enabled(fast)
+        finally:
+            for part, training in modes:
+                part.training = training
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def uncompiled() -> contextlib.AbstractContextManager:

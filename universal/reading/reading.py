@@ -2,19 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
+from universal.reading import products
 from universal.reading.calls import (
-    ACTIVATION_POINTS,
+    CONTRACTIONS,
     DEFAULTS,
     EMBEDDINGS,
     GEOMETRY,
     REFUSED,
     STATISTICS,
     Call,
+    Calls,
     Kind,
     Layer,
     Norm,
@@ -22,20 +26,41 @@ from universal.reading.calls import (
     Shift,
     name_of,
 )
+from universal.reading.curves import ByLayer, Curves, identity
 from universal.reading.following import Follower, Numbers
-from universal.reading.geometry import middles, per_side, read_channels, read_features, side_of, where_it_lies
+from universal.reading.geometry import (
+    find_windows,
+    middles,
+    per_side,
+    read_channels,
+    read_features,
+    side_of,
+    where_it_lies,
+)
 from universal.reading.inputs import InputFormat
 from universal.reading.refusals import Refused, place_of
 
 
-class Reading:
-    """What a forward pass has shown so far: its `calls` of KINDS in order, with the layers, norms and shifts found."""
+class Step(NamedTuple):
+    """A call of one of KINDS, and what it was found to be."""
+
+    function: Callable
+    found: Call | None  # None where it has no weights to be written
+    activations: str = "input"  # which of its arguments these are
+    rewritten: Callable | None = None  # what computes the same from its arguments, by calls that are read themselves
+
+
+class Reading(Calls):
+    """A forward pass that is read, and what it has shown so far: its `steps`, and what has weights to be written."""
 
     def __init__(self):
+        super().__init__(self.call, self.follow)
+        self.curves = Curves()
+        self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
         self.layers: list[Layer] = []
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
-        self.calls: list[tuple[Callable, Call | None]] = []
+        self.steps: list[Step] = []
         self.last: Layer | None = None
 
     def start(
@@ -44,8 +69,7 @@ class Reading:
     ) -> None:  # fmt: skip
         """Follow `inputs` of this format, whose axes are `axes`, through a pass with these `parameters`, copies of the
         `originals`, some of them `buffers`."""
-        self.buffers = buffers
-        self.follower = Follower(parameters, originals)
+        self.follower = Follower(parameters, originals, buffers)
         self.channels = format.size("C", axes)
         self.follower.number(inputs, format.numbers(inputs, axes, self.follower.neurons.add(self.channels)))
 
@@ -56,65 +80,106 @@ class Reading:
         return all(layer.places is None and layer.channels.shape[1] == 1 for layer in readers)
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
-        """Follow a call without weights; refuse one that takes weights that are not its to be written."""
-        follower = self.follower
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        """Follow a call without weights of its own, or with weights that are left as they are."""
+        follower, assigns = self.follower, function is Tensor.__setitem__
+        result = args[0] if assigns else result
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not outputs:
             return
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if name_of(function) in REFUSED and any(follower.numbers(leaf) for leaf in leaves):
             raise Refused(f"{name_of(function)} is not supported{place_of()}")
         if function in GEOMETRY:
             return
         if function in EMBEDDINGS and any(follower.is_of_values(leaf) for leaf in leaves):
             raise Refused(f"{name_of(function)} of values is not supported{place_of()}")
-        numbers = [follower.numbers(leaf) for leaf in leaves]
-        plain = follower.follow(function, args, kwargs, result)
-        parts = [follower.part(leaf) for leaf in leaves if follower.part(leaf) is not None]
-        if parts and any(numbers) and not plain:
-            raise Refused(f"{name_of(function)}, which takes {parts[0].name}, is not supported{place_of()}")
-        if (
-            len(leaves) == 1
-            and numbers[0] is not None
-            and isinstance(result, Tensor)
-            and result.shape == leaves[0].shape
-        ):
-            values = values_at_points(function, args, kwargs)
-            for source in numbers[0].sources - {-1} if values else ():
-                self.layers[source].activation = self.layers[source].activation or values
+        moves = follower.assign(*args) if assigns else follower.follow(function, args, kwargs, result)
+        if any(follower.numbers(leaf) for leaf in leaves):
+            self.makers |= dict.fromkeys(map(id, outputs), f"{name_of(function)}{place_of()}")
+        carries = moves or function in CONTRACTIONS  # which are linear in each of their operands
+        ended = self.curves.follow(function, args, kwargs, outputs, carries, follower.numbers)
+        self._note_activations(ended)
+
+    def _note_activations(self, curves: ByLayer) -> None:
+        """Layers are followed by functions of these curves. Of several ways on, the first counts that is a function."""
+        for layer, curve in curves.items():
+            if curve is not None and self.layers[layer].activation is None and not torch.equal(curve, identity()):
+                self.layers[layer].activation = tuple(curve.float().tolist())
 
     def call(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
-        """Read a call that may be a layer or a norm, and compute it."""
-        follower = self.follower
-        given = kind.bind(args, kwargs)
+        """Read a call that may be a layer, a norm, a shift or a gain, and compute it."""
         if kind.by_element:
-            result = function(*args, **kwargs)
-            shift = self._read_shift(kind.by_element, given)
-            self.calls.append((function, shift))
-            if shift is None:
-                self.follow(function, args, kwargs, result)
-            else:
-                summand = given["input"] if follower.part(given["input"]) is None else given["other"]
-                follower.number(result, follower.numbers(summand))
-            return result
-        numbers, weight = follower.numbers(given["input"]), given.get("weight")
-        is_layer = not kind.is_norm and numbers is not None and not follower.numbers(weight)
-        if is_layer and follower.part(weight) is None and follower.computed_from(weight) is not None:
-            computed = follower.computed_from(weight)
-            raise Refused(f"{name_of(function)}: its weight is computed from {computed}, not a parameter{place_of()}")
+            return self._call_by_element(kind, function, args, kwargs)
+        product = kind.product and kind.product(*args, **kwargs)
+        weight_at = product and self._weight_of(product)
+        follower, given = self.follower, kind.bind(args, kwargs)
+        numbers, weight, bias = follower.numbers(given.get("input")), given.get("weight"), given.get("bias")
+        rewritten = None
+        if weight_at is not None:
+            rewritten = partial(product_by_layers, kind, weight_at)
+        elif not kind.is_norm and follower.parameter(weight) and bias is not None and not follower.parameter(bias):
+            rewritten = partial(bias_apart, kind, function)
+        if rewritten is not None:
+            self.steps.append(Step(function, None, rewritten=rewritten))
+            return self.within(rewritten, args, kwargs)
         result = function(*args, **kwargs)
-        if numbers is None or not (kind.is_norm or (is_layer and follower.part(weight) is not None)):
-            self.calls.append((function, None))
+        found = None
+        if numbers is not None and kind.is_norm:
+            found = self._read_norm(kind, function, given, numbers, result)
+        elif numbers is not None and weight is not None and follower.parameter(weight) is not None:
+            found = self._read_layer(kind, function, given, numbers, result)
+        self.steps.append(Step(function, found))
+        if found is None:
+            self.follow(function, args, kwargs, result)
+            if numbers is not None and weight is not None and not kind.is_norm:
+                self._number_unwritten(kind, function, weight, result)
+        return result
+
+    def _weight_of(self, product: products.Product) -> int | None:
+        """Which of the operands of a product is a weight that is to be written, if it is one of linear layers."""
+        for place, (weight, other) in enumerate((product.operands, product.operands[::-1])):
+            can_be = self.follower.parameter(weight) is not None and self.follower.numbers(other) is not None
+            is_plain = place == 1 and weight.dim() == 2 and product.letters[1] == "km"
+            if can_be and not is_plain and products.axes_of(product, place) is not None:
+                return place
+        return None
+
+    def _number_unwritten(self, kind: Kind, function: Callable, weight: Tensor, result: Tensor) -> None:
+        """Number what a layer gives out whose weight is no parameter to be written: as neurons that nobody knows."""
+        follower = self.follower
+        numbers = follower.numbers(result)
+        if numbers is None or follower.numbers(weight) is not None:
+            return
+        computed = follower.computed_from(weight)
+        if computed is not None:
+            self.makers[id(result)] = f"{name_of(function)}, whose weight is computed from {computed}{place_of()}"
+        if not numbers.codes.any():
+            axis = kind.axis % result.dim()
+            codes = follower.neurons.add(result.shape[axis])
+            codes = codes.view([-1 if place == axis else 1 for place in range(result.dim())])
+            follower.number(result, numbers._replace(codes=codes.expand(result.shape), depth=numbers.depth + 1))
+
+    def _call_by_element(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
+        """Read a sum or a product, and compute it."""
+        given = kind.bind(args, kwargs)
+        name = self._activations_beside(kind, given)
+        shift = None
+        if name is not None:
+            activations, parameter = given[name], given["other" if name == "input" else "input"]
+            shift = self._read_shift(kind.by_element, parameter, activations)
+        self.steps.append(Step(function, shift, name or "input"))
+        if shift is None:
+            result = function(*args, **kwargs)
             self.follow(function, args, kwargs, result)
             return result
-        read = self._read_norm if kind.is_norm else self._read_layer
-        found = read(kind, function, given, numbers, result)
-        self.calls.append((function, found))
+        numbers, curves = self.follower.numbers(activations), self.curves.of(activations)
+        result = function(*args, **kwargs)  # which may be the activations themselves, changed
+        self.follower.number(result, numbers)
+        self.curves.set(result, curves)
         return result
 
     def _read_layer(self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor) -> Layer:
-        weight, bias = (self.follower.part(given.get(name)) for name in ("weight", "bias"))
-        if bias is None and given.get("bias") is not None:
-            raise Refused(f"{name_of(function)}: the bias of {weight.name} is not a parameter{place_of()}")
+        weight, bias = (self.follower.parameter(given.get(name)) for name in ("weight", "bias"))
         own = given["weight"]
         if not kind.is_convolution and own.dim() != 2:
             raise Refused(f"{name_of(function)} with a weight of {own.dim()} dimensions is not supported{place_of()}")
@@ -133,6 +198,8 @@ class Reading:
                 f"{name_of(function)} takes {weight.name} again, in another way, which is not supported{place_of()}"
             )
         layer.sources |= numbers.sources
+        self._note_activations(self.curves.of(given["input"]))
+        self.curves.set(result, {layer.index: identity()})
         for source in numbers.sources - {-1}:
             if all(layer is not reader for reader in self.layers[source].readers):
                 self.layers[source].readers.append(layer)
@@ -156,10 +223,14 @@ class Reading:
         neurons, shape = self.follower.neurons, tuple(given["weight"].shape)
         if kind.is_convolution:
             channels, places, grid, order = read_channels(numbers)
-            side, resolution = side_of(given["input"].shape[2:]), side_of(result.shape[2:])
+            window, side, resolution = shape[2:], side_of(given["input"].shape[2:]), side_of(result.shape[2:])
         else:
             channels, places, grid, order = read_features(numbers)
-            side, resolution = 1, result.numel() // result.shape[-1] // 2  # tokens of each of the two images
+            window, side, resolution = None, 1, result.numel() // result.shape[-1] // 2  # tokens of each of two images
+            windows = find_windows(numbers, order, len(grid))
+            if windows is not None:
+                window, order, side, resolution = windows.sides, windows.order, windows.map_side, windows.across
+                options = {"stride": windows.stride}
         read = [self.layers[source] for source in numbers.sources - {-1}]
         layer = Layer(
             name=weight.name.removesuffix(".weight"),
@@ -173,6 +244,7 @@ class Reading:
             order=order,
             depth=numbers.depth,
             sources=numbers.sources,
+            window=window,
             resolution=resolution,
             side=side,
             index=len(self.layers),
@@ -186,32 +258,36 @@ class Reading:
         self.layers.append(layer)
         return layer
 
-    def _read_shift(self, by_element: type[Shift], given: dict) -> Shift | None:
-        """The parameter that a sum or product combines with activations of as many neurons, if it is such a one."""
-        for summand, other in (("input", "other"), ("other", "input")):
-            numbers, part = self.follower.numbers(given[summand]), self.follower.part(given[other])
-            if numbers is None or part is None or given.keys() - {"input", "other"}:
-                continue
-            if part.name in self.buffers:  # masks, and places that are not learned
-                continue
-            known = (shift for shift in self.shifts if shift.part == part and type(shift) is by_element)
-            shift = next(known, None)
-            lies = where_it_lies(given[other], numbers) if shift is None else None
-            if lies is not None:
-                axis, codes, places = lies
-                neurons = self.follower.neurons.numbers(codes)
-                shift = by_element(part.name, part, neurons, axis, places, tuple(given[other].shape))
-                self.shifts.append(shift)
-            return shift
+    def _activations_beside(self, kind: Kind, given: dict) -> str | None:
+        """Which argument of a sum or product are activations, if the other is a parameter."""
+        for name, other in (("input", "other"), ("other", "input")):
+            if self.follower.numbers(given.get(name)) and self.follower.parameter(given.get(other)):
+                return name if given.keys() == {"input", "other"} and (kind.commutes or name == "input") else None
         return None
 
-    def _read_norm(self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor) -> Norm:
+    def _read_shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
+        """The shift or gain by a parameter of activations of as many neurons, if it is such a one."""
+        part = self.follower.parameter(parameter)
+        if parameter.dim() == activations.dim() and len(parameter) > 1 and (part.index == part.index[:1]).all():
+            # The same for every input of the batch: expanded, or repeated.
+            parameter, part = parameter[:1], replace(part, index=part.index[:1])
+        shift = next((shift for shift in self.shifts if shift.part == part and type(shift) is by_element), None)
+        lies = where_it_lies(parameter, self.follower.numbers(activations)) if shift is None else None
+        if lies is not None:
+            axis, codes, places = lies
+            neurons = self.follower.neurons.numbers(codes)
+            shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape))
+            self.shifts.append(shift)
+        return shift
+
+    def _read_norm(
+        self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor
+    ) -> Norm | None:  # fmt: skip
+        """The norm that a call is, if what it takes is to be written."""
         tensors = {name: given[name] for name in (*STATISTICS, "weight", "bias") if given.get(name) is not None}
         parts = {name: self.follower.part(tensor) for name, tensor in tensors.items()}
         if None in parts.values():
-            raise Refused(
-                f"{name_of(function)}: its {next(n for n in parts if not parts[n])} is no parameter{place_of()}"
-            )
+            return None
         affine = [parts[name] for name in ("weight", "bias") if name in parts]
         frozen = bool(affine) and all(part.frozen for part in affine)  # then so are its statistics
         parts |= {name: replace(parts[name], frozen=frozen) for name in STATISTICS if name in parts}
@@ -228,6 +304,8 @@ class Reading:
         elif (norm.function, norm.settings) != (function, settings):
             raise Refused(f"{name_of(function)} takes {norm.name} again, in another way, not supported{place_of()}")
         norm.sources |= numbers.sources
+        self._note_activations(self.curves.of(given["input"]))
+        self.curves.set(result, {source: identity() for source in numbers.sources - {-1}})
         for source in numbers.sources - {-1}:
             self.layers[source].normalised = True
         self.follower.number(result, numbers)
@@ -244,13 +322,19 @@ class Reading:
             raise Refused(f"{name}: has one class, but telling classes apart takes two")
         numbers = self.follower.numbers(logits)
         if numbers is None:
-            raise Refused(f"{name}: its output cannot be followed back to the images")
+            made = self.makers.get(id(logits), "")
+            raise Refused(f"{name}: its output{made and f', of {made},'} cannot be followed back to what it is given")
         found = self.follower.neurons.numbers(numbers.codes[0])
         for layer in self.layers:
             if torch.equal(found, torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])):
                 layer.last, self.last = True, layer
         if self.last is None:
-            raise Refused(f"{name}: the output must be that of one layer, the classes, averaged and scaled at most")
+            made = self.makers.get(id(logits), "")
+            raise Refused(
+                f"{name}: the output must be that of one layer, the classes, averaged and scaled at most"
+                f"{made and f'; it is of {made}'}"
+            )
+        self._note_activations(self.curves.of(logits))
         for call in (*self.norms, *self.shifts):
             call.of_last = bool(torch.isin(call.channels, found).any())
         # Layers on side ways, such as those that say where an image is looked at, are left as they are.
@@ -260,7 +344,20 @@ class Reading:
         self.layers = [layer for layer in self.layers if layer.index in reached]
         self.norms = [norm for norm in self.norms if norm.sources & reached]
         kept = {id(call) for call in (*self.layers, *self.norms, *self.shifts)}
-        self.calls = [(function, found if id(found) in kept else None) for function, found in self.calls]
+        self.steps = [step if id(step.found) in kept else step._replace(found=None) for step in self.steps]
+
+
+def product_by_layers(kind: Kind, weight_at: int, args: tuple, kwargs: dict) -> Tensor:
+    """A product of two tensors, by linear layers whose weights are of the operand `weight_at`."""
+    return products.as_layers(kind.product(*args, **kwargs), weight_at)
+
+
+def bias_apart(kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """A layer without its bias, which is no parameter, and then the bias."""
+    given = kind.bind(args, kwargs)
+    bias = given.pop("bias")
+    outputs = given["input"] @ given["weight"] if kind.transposed else function(**given)
+    return outputs + (bias if kind.axis == -1 else bias.view(-1, *[1] * (outputs.dim() - 2)))
 
 
 def reaching(last: Layer, layers: list[Layer]) -> set[int]:
@@ -271,19 +368,6 @@ def reaching(last: Layer, layers: list[Layer]) -> set[int]:
         reached.add(index)
         ahead |= layers[index].sources - reached
     return reached
-
-
-def values_at_points(function: Callable, args: tuple, kwargs: dict) -> tuple[float, ...] | None:
-    """The values at ACTIVATION_POINTS of a function of one tensor; None unless it is one of single elements."""
-    points = torch.tensor(ACTIVATION_POINTS)
-    leaves, spec = tree_flatten((args, kwargs))
-    new_args, new_kwargs = tree_unflatten([points.clone() if isinstance(v, Tensor) else v for v in leaves], spec)
-    try:
-        values = function(*new_args, **new_kwargs)
-    except Exception:  # of a single row of points a function may think whatever it likes
-        return None
-    is_one = isinstance(values, Tensor) and values.shape == points.shape and not torch.equal(values, points)
-    return tuple(values.tolist()) if is_one else None
 
 
 def logits_of(output) -> Tensor | None:

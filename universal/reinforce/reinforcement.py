@@ -3,45 +3,23 @@
 import argparse
 import random
 import time
-from pathlib import Path
 from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scripting import UserError, number, resume_training, save_training
+from scripting import UserError, resume_training, save_training
 from target_cnn import TargetCNN, scoring_data, training_data
 from universal.builders import load_builder
-from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
+from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.model.tuning import SPREAD
-from universal.reinforce.rewards import REWARDS, load_reward, score_after
+from universal.reinforce.candidates import draw_trials, graph_of, try_candidate, with_tuning, written
+from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
-from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
 
 REPORTED_INITS = 3  # whose networks are scored in reports
 MAKER = "python -m universal.reinforce"
-
-
-def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a script that searches."""
-    parser.add_argument(
-        "--reward",
-        required=True,
-        default=argparse.SUPPRESS,
-        help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward (required)",
-    )
-    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the synthesiser to start from")
-    parser.add_argument(
-        "--evaluations", type=number(int, 1, 10**9), default=4000, help="networks to write and reward, at most"
-    )
-    parser.add_argument("--candidates", type=number(int, 4, 10_000), default=20, help="tried in each generation")
-    parser.add_argument("--networks", type=number(int, 1, 1000), default=2, help="that each candidate writes")
-    parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="training images for each network")
-    parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
-    parser.add_argument(
-        "--scalars", action="store_true", help="search the writer's scalars too, not only how weights are spread"
-    )
 
 
 class Reinforcement:

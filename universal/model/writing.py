@@ -1,0 +1,275 @@
+"""Writing a network layer by layer, within its own forward pass.
+
+Design document, sections 4.1.1 and 4.1.3. A network is written from the images to the classes, inside its own forward
+pass on a few learned images, the probes of a task: so every layer knows what reaches it. What a neuron is to those
+that read it is its key. `neurons.py` reads neurons, `weights.py` writes weights; permuted neurons are written
+permuted. What the random weights of the first layer sum up to, over its neurons, makes the network's variant,
+which all its layers know.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from universal.model.algebra import per_probe, ridge_regression, unit_rms
+from universal.model.description import cosines_at, description_of
+from universal.model.sizes import LARGEST, bounded, centred
+from universal.model.task import Task
+from universal.reading.calls import Call, Gain, Layer, Norm, Shift
+from universal.reading.graph import ComputationGraph
+
+if TYPE_CHECKING:
+    from universal.model.expert import Expert
+
+MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
+LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
+
+
+class NeuronRows:
+    """A row for each neuron that activations are of, in the order of their numbers.
+
+    It starts with that of none, zeros, and those of the images' channels. The row of a sum of neurons is the sum of
+    theirs.
+    """
+
+    def __init__(self, graph: ComputationGraph, images: Tensor):
+        self.rows = torch.cat([torch.zeros_like(images[:1]), images])
+        self.waiting = graph.neurons.blocks[:0:-1]
+        self.written = {layer.index for layer in graph.layers}
+
+    def of(self, numbers: Tensor) -> Tensor:
+        """The rows of the neurons with these numbers."""
+        while self.waiting and self.waiting[-1][1] not in self.written:
+            count, _, pairs = self.waiting.pop()
+            unknown = self.rows.new_zeros(count, *self.rows.shape[1:])  # of a layer that is left as it is
+            self.rows = torch.cat([self.rows, unknown if pairs is None else self.at(pairs).sum(1)])
+        return self.at(numbers)
+
+    def at(self, numbers: Tensor) -> Tensor:
+        """The rows at these numbers. Unlike that of indexing, its gradient is the same whatever the threads do."""
+        rows = self.rows if self.rows.dim() > 1 else self.rows[:, None]
+        return F.embedding(numbers.to(rows.device), rows).view(*numbers.shape, *self.rows.shape[1:])
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of the layer that comes next."""
+        self.of(torch.zeros(0, dtype=torch.long))
+        self.waiting.pop()
+        self.rows = torch.cat([self.rows, rows])
+
+
+class Writing:
+    """A pass of an `expert` through a graph: `written` is what it has written so far, by name; `keys` and `means` say
+    what it made of the neurons, these of their standardised responses."""
+
+    def __init__(self, expert: "Expert", graph: ComputationGraph, weights: dict[str, Tensor], step: int, task: Task):
+        self.expert, self.graph, self.weights, self.step, self.task = expert, graph, weights, step, task
+        self.probes = task.probes[: expert.convolution_probes if graph.convolutional else None]
+        images = expert.keys_of_inputs(graph.channels)
+        self.keys, self.means = NeuronRows(graph, images), NeuronRows(graph, torch.zeros_like(images[:, 0]))
+        self.variant: Tensor | None = None
+        self.written: dict[str, Tensor] = {}
+
+    def write(self) -> dict[str, Tensor]:
+        """Everything, by name."""
+        self.graph.write(self.probes, self.written, self.write_call)
+        return self.written
+
+    def write_call(self, call: Call, inputs: Tensor) -> Tensor:
+        """Write a call's parameters; what it then gives for the probes' `inputs`."""
+        if not call.parts and not isinstance(call, Layer):
+            return call.of(self.weights, inputs)
+        writers = {Layer: self.write_layer, Norm: self.write_norm, Gain: self.write_gain, Shift: self.write_shift}
+        return next(write for kind, write in writers.items() if isinstance(call, kind))(call, inputs)
+
+    def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
+        about = self.expert.describe(description_of(layer, self.graph, self.step).to(inputs))
+        keys = self.keys.of(layer.channels).mean(1)
+        if layer.places is not None:
+            keys = keys + self.expert.place_key(cosines_at(layer.places.to(inputs)))
+        read = features_of(layer, self.graph, inputs, len(self.probes))
+        write = self.write_classes if layer.last else self.write_hidden
+        weight, bias, responses = write(layer, inputs, keys, about, read)
+        layer.weight.put(self.written, weight, self.weights)
+        if layer.bias:
+            layer.bias.put(self.written, bias, self.weights)
+        return responses
+
+    def write_hidden(
+        self, layer: Layer, inputs: Tensor, keys: Tensor, about: Tensor, read: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The weight and bias of a hidden layer, and the probes' responses."""
+        expert, writer = self.expert, self.expert.writer
+        features = None if read is None else centred(read)
+        reading = expert.reader.read(layer, keys, self.weights, about)
+        if features is not None:
+            reading = reading + responses_of(layer, features, self.weights, self.task)
+        if self.variant is None:
+            self.variant = 0.5 * expert.variant(F.layer_norm(reading.sum(0), reading.shape[1:]))
+        about = about + self.variant
+        neurons = expert.reader.neurons(reading, layer.bias and layer.bias.of(self.weights), about)
+        whole = inputs if len(inputs) == len(self.probes) else None
+        weight, mean = writer.hidden(layer, whole, keys, neurons, about, features, self.task)
+        gain = writer.scalar("gain", layer, about)
+        self.means.add(gain * mean)
+        new = writer.to_scale(layer, inputs, weight, mean, gain, about)
+        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
+        key = expert.key(neurons, about)
+        if expert.seen.weight.requires_grad or expert.seen.weight.any():
+            key = key + expert.seen(seen_by(layer, new[2], len(self.probes), self.task))
+        key = expert.key_norm(key)
+        self.keys.add(expert.key_norm(mixtures_like(layer, new[2], responses) @ key) if layer.weight.frozen else key)
+        return weight, bias, responses
+
+    def write_classes(
+        self, layer: Layer, inputs: Tensor, keys: Tensor, about: Tensor, read: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight and bias of the last layer, and the probes' responses."""
+        writer = self.expert.writer
+        features = None if read is None else centred(read)
+        if self.variant is not None:
+            about = about + self.variant
+        weight = writer.classes(layer, keys, about, features, self.task)
+        if features is not None and not layer.bias:
+            weight = without_preference(weight, read.mean(0), features)
+        mean = inputs.new_zeros(layer.shape[0])
+        new = writer.classes_to_scale(layer, inputs, weight, about, len(self.probes))
+        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
+        self.keys.add(inputs.new_zeros(layer.shape[0], keys.shape[1]))  # no layer reads these
+        self.means.add(mean)
+        return weight, bias, responses
+
+    def write_norm(self, norm: Norm, inputs: Tensor) -> Tensor:
+        """The probes' activations after the norm: neurons come out with a variance of 1, and their wanted means."""
+        parameters, outputs = written_norm(norm, inputs, self.means.of(norm.channels), self.weights)
+        for name, part in norm.parameters.items():
+            part.put(self.written, parameters[name], self.weights)
+        return outputs
+
+    def write_shift(self, shift: Shift, inputs: Tensor) -> Tensor:
+        """The probes' activations with the parameter added: neurons come to their wanted means, and know places."""
+        mean = inputs.movedim(shift.axis, -1).flatten(0, -2).mean(0)
+        values = (self.means.of(shift.channels) - mean)[None]
+        if shift.places is not None:
+            functions = cosines_at(shift.places.to(inputs)) @ self.expert.place_values(self.keys.of(shift.channels)).T
+            functions = functions - functions.mean(0)
+            values = values + self.expert.place_scale.exp() * unit_rms(functions)
+        others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
+        values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
+        values = bounded(shift.parameter(values))
+        shift.part.put(self.written, values, self.weights)
+        return shift(inputs, values)
+
+    def write_gain(self, gain: Gain, inputs: Tensor) -> Tensor:
+        """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
+        variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
+        keeps = gain.of_last or gain.channels.max() <= self.graph.channels  # classes, pixels: as they are
+        scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
+        shape = [1] * len(gain.shape)
+        shape[gain.axis % len(shape)] = -1
+        values = bounded(gain.parameter(scale.view(shape).expand(gain.shape)))
+        gain.part.put(self.written, values, self.weights)
+        return gain(inputs, values)
+
+
+def with_frozen(
+    layer: Layer, inputs: Tensor, weights: dict[str, Tensor], mean: Tensor, weight: Tensor, bias: Tensor | None,
+    responses: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """A layer's weight and bias, and its responses to `inputs`, with what is frozen as in `weights`.
+
+    The bias of a frozen weight brings its neurons to so many deviations, `mean`, in the mean.
+    """
+    if not any(part.frozen for part in (layer.weight, layer.bias) if part):
+        return weight, bias, responses
+    if layer.bias and layer.bias.frozen:
+        bias = layer.bias.of(weights)
+    if layer.weight.frozen:
+        weight = layer.weight.of(weights)
+        if layer.bias and not layer.bias.frozen:
+            rows = layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2)
+            bias = bounded(mean * rows.std(0, correction=0) - rows.mean(0))
+    bias = bias if layer.bias else None
+    return weight, bias, layer(inputs, weight, bias)
+
+
+def mixtures_like(layer: Layer, written: Tensor, own: Tensor) -> Tensor:
+    """The mixtures of a layer's neurons as `written` that respond to the probes as its `own`, frozen ones, do,
+    [neurons, neurons]. As keys say what neurons are written, those of frozen ones are mixtures of them."""
+    rows = [F.relu(responses.movedim(layer.axis, -1).flatten(0, -2)) for responses in (written, own)]
+    every = -(-len(rows[0]) // MOST_RESPONSES)
+    features, targets = (some[::every] - some.mean(0) for some in rows)
+    features, targets = (some * torch.rsqrt(some.square().mean(0) + 1e-6) for some in (features, targets))
+    return ridge_regression(features, targets, features.new_tensor([0.01]))
+
+
+def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
+    """The weight of a last layer without a bias that prefers no class: what it gives for the `mean` [features] is taken
+    off along a direction in which the centred `features` [probes, features] hardly differ."""
+    ridge = mean.new_tensor([0.1])
+    direction = mean - ridge_regression(features, (features @ mean)[:, None], ridge)[0]
+    flat = weight.flatten(1)
+    least = mean @ mean / LARGEST + 1e-12
+    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean).clamp(min=least)).view_as(weight)
+
+
+def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor, probes: int) -> Tensor | None:
+    """What regressions of a layer on so many probes may read, [probes, features]; None where there are none.
+
+    Logits are averaged over places in the end, and so may be what they are linear in. Those of hidden layers on the few
+    probes of a network with convolutions would fit these too closely.
+    """
+    whole = len(inputs) == probes
+    if layer.last and layer.groups == 1:
+        if layer.positions == 1 or not layer.is_convolution:
+            return per_probe(inputs, layer.axis, probes)
+        return layer.patches(inputs, LAST_POSITIONS)[0].mean(1) if whole else None
+    return inputs if whole and inputs.dim() == 2 and not (layer.last or graph.convolutional) else None
+
+
+def seen_by(layer: Layer, responses: Tensor, probes: int, task: Task) -> Tensor:
+    """What the probes' responses to a hidden layer, once it is written, say about its neurons, [neurons, dimension]."""
+    found = per_probe(F.relu(responses), layer.axis, probes)
+    if found is None:
+        return responses.new_zeros(layer.shape[0], task.responses.shape[1])
+    responses = found - found.mean(0)
+    responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-6)
+    return F.layer_norm(responses.T @ task.responses[:probes], task.responses.shape[1:])
+
+
+def responses_of(layer: Layer, features: Tensor, weights: dict[str, Tensor], task: Task) -> Tensor:
+    """What the probes' responses to a layer's current weights say about its neurons, [neurons, dimension]."""
+    responses = features @ layer.weight.of(weights).T
+    responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-12)
+    return F.layer_norm(responses.T @ task.responses[: len(responses)], task.responses.shape[1:])
+
+
+def written_norm(
+    norm: Norm, inputs: Tensor, means: Tensor, weights: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The parameters of a norm by which neurons come out with a variance of 1 and these `means`; and what comes out.
+
+    The classes keep their scales. Running statistics are those of `inputs`. What is frozen is as in `weights`.
+    """
+    frozen = {name: part.of(weights) for name, part in norm.parameters.items() if part.frozen}
+
+    def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
+        rows = values.movedim(norm.axis, 0).flatten(1)
+        return rows.mean(1), rows.var(1, correction=0)
+
+    mean, variance = statistics(inputs)
+    parameters = {"running_mean": mean, "running_var": variance}
+    running = {name: value for name, value in parameters.items() if name in norm.parameters}
+    shift, spread = statistics(norm(inputs, **running))
+    if norm.of_last:
+        parameters |= {"weight": variance.mean().sqrt().expand(mean.shape), "bias": torch.zeros_like(mean)}
+    else:
+        own = frozen.get("weight")
+        scale = torch.rsqrt(spread + 1e-2) if own is None else own.reshape(len(mean), -1).mean(1)
+        parameters |= {"weight": scale, "bias": bounded(means.clamp(-1, 1) - shift * scale)}
+    if norm.places:
+        for name in ("weight", "bias"):
+            parameters[name] = parameters[name].view(-1, *[1] * len(norm.places)).expand(-1, *norm.places)
+    parameters = {name: value for name, value in parameters.items() if name in norm.parameters} | frozen
+    return parameters, norm(inputs, **parameters)
