@@ -273,7 +273,7 @@ def test_frozen_layers_are_kept_and_what_reads_them_is_written_for_them(synthesi
     accounts = synthesizer.write(network, seed=0)
     assert accounts.left == layer("0") and accounts.count == sum(before[key].numel() for key in accounts.written)
     assert all(torch.equal(value, before[key]) == (key in layer("0")) for key, value in network.state_dict().items())
-    assert score(network, digits[:1000]).accuracy_percent > 80  # where nothing says what its neurons are
+    assert score(network, digits[:1000]).accuracy_percent > 90  # 73 where nothing says what its neurons are
 
 
 def test_a_last_layer_alone_is_written(synthesizer, digits):

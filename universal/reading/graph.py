@@ -164,17 +164,15 @@ class ComputationGraph:
     def _try_formats(self, formats: Collection[InputFormat], precision: torch.dtype | None, run: Callable):
         """What `run(inputs, reading)` returns for inputs of the first of the `formats` that the module takes.
 
-        They are on the CPU and in single precision, as its parameters are made, or else on its device, and in its own
-        precision, of which the inputs have `precision`, or that of the first parameter.
+        They are in single precision, as its parameters are made, or else in its own, in which the inputs are of
+        `precision`, or of that of its first parameter.
         """
-        own = [tensor for tensor in self.module.parameters() if tensor.dtype.is_floating_point]
-        ways: list[tuple] = [(None, torch.device("cpu"))]
-        if any((tensor.dtype, tensor.device) != (torch.float32, ways[0][1]) for tensor in own):
-            ways.append((precision or own[0].dtype, own[0].device))
-        for self.precision, device in ways:
+        own = [tensor.dtype for tensor in self.module.parameters() if tensor.dtype.is_floating_point]
+        other = any(dtype != torch.float32 for dtype in own)
+        for self.precision in [None, precision or own[0]] if other else [None]:
             failures = []
             for self.format in formats:
-                inputs, reading = self._given(self.example.to(device, torch.float32)), Reading()
+                inputs, reading = self._given(self.example.to("cpu", torch.float32)), Reading()
                 try:
                     return run(inputs, reading)
                 except Refused:
