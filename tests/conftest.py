@@ -3,11 +3,16 @@
 import contextlib
 import functools
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # more threads, here or in what is started, would be in each other's way
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 import train_diffusion
