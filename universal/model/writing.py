@@ -65,7 +65,7 @@ class Writing:
 
     def __init__(self, expert: "Expert", graph: ComputationGraph, weights: dict[str, Tensor], step: int, task: Task):
         self.expert, self.graph, self.weights, self.step, self.task = expert, graph, weights, step, task
-        self.probes = task.probes[: expert.convolution_probes if graph.convolutional else None]
+        self.probes = task.probes[: expert.probes_for(graph)]
         images = expert.keys_of_inputs(graph.channels)
         self.keys, self.means = NeuronRows(graph, images), NeuronRows(graph, torch.zeros_like(images[:, 0]))
         self.variant: Tensor | None = None

@@ -90,13 +90,23 @@ class ComputationGraph:
         """The module's own parameters and buffers of floating point, by name, as float32."""
         return {name: tensor.detach().float() for name, tensor in self.state().items() if is_float(tensor)}
 
-    def run(self, images: Tensor, weights: dict[str, Tensor], batch_statistics: bool = False) -> Tensor:
+    def run(
+        self, images: Tensor, weights: dict[str, Tensor], batch_statistics: bool = False, see: Callable | None = None
+    ) -> Tensor:  # fmt: skip
         """The logits [N, classes] of images, of the example's shape, with these weights; others are the module's own.
 
         With `batch_statistics` norms use those of the images, as in training, in the place of their running ones.
+        `see(call, outputs)` is shown what each call gives.
         """
         weights = self._own(images, but=weights) | weights
-        return self._forward(images, weights, lambda call, inputs: call.of(weights, inputs, batch_statistics))
+
+        def compute(call: Call, inputs: Tensor) -> Tensor:
+            outputs = call.of(weights, inputs, batch_statistics)
+            if see is not None:
+                see(call, outputs)
+            return outputs
+
+        return self._forward(images, weights, compute)
 
     def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
         """The logits of images, of the example's shape, while the weights are written.
