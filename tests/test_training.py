@@ -236,7 +236,7 @@ def test_what_no_network_can_be_written_with_is_reported(tmp_path, start, monkey
     state = training.Training(train.parse_options(), 0, 1)
     with torch.no_grad():
         state.average.module.experts[0].task.probes.fill_(torch.nan)
-    state.report()
+    state.report(minutes_left=0)
     assert "nan% (mlp)" in capsys.readouterr().out
 
 
