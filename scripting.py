@@ -10,6 +10,7 @@ import re
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -297,7 +298,10 @@ def load_file(path: Path, maker: str, mmap: bool = False):
 
 
 def leaves(content) -> Iterator[tuple[str, object]]:
-    """What lies in nested dictionaries and lists, by its dotted name and in their order, each container once."""
+    """What lies in nested dictionaries, with their attributes, and lists, by its dotted name and in their order.
+
+    Each container is looked into once.
+    """
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
@@ -305,7 +309,8 @@ def leaves(content) -> Iterator[tuple[str, object]]:
             yield name, value
         elif id(value) not in seen:
             seen.add(id(value))
-            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            parts = value | vars(value) if isinstance(value, OrderedDict) else value
+            items = list(parts.items() if isinstance(parts, dict) else enumerate(parts))
             waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
 
 
