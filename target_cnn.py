@@ -218,10 +218,12 @@ class Dataset(NamedTuple):
         return Dataset(self.images[index], self.labels[index])
 
 
+@functools.cache
 def load_mnist(split: str, root: Path, device: torch.device | str = "cpu") -> Dataset:
     """The "train" (60,000) or "test" (10,000) images of MNIST, from `root`/MNIST/raw or downloaded to it.
 
-    Raises UserError if the files are missing or broken and cannot be downloaded.
+    They are read once and shared: change none in place. Raises UserError if the files are missing or broken and cannot
+    be downloaded.
     """
     name, count = {"train": ("train", 60_000), "test": ("t10k", 10_000)}[split]
     raw = root / "MNIST" / "raw"

@@ -15,7 +15,6 @@ from universal.training.blocks import Maps, Sum, Transposed, draw_block, drawn, 
 MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_DEEP_MULTIPLICATIONS = 16e6  # of one of many layers
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
-TOKENS = (9, 64)  # fewest and most patches of an image
 
 # What is drawn how often; blocks of convolutions and families of networks stand beside what draws them.
 ACTIVATIONS = {
