@@ -289,15 +289,9 @@ class Progress(NamedTuple):
 
 
 def train_with_adam(
-    model: nn.Module,
-    data: Dataset,
-    epochs: int,
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    use_bf16: bool | None = None,
-    pauses: Container[int] = (),
-    label: str = "Training",
-) -> Iterator[Progress]:
+    model: nn.Module, data: Dataset, epochs: int, lr: float = 1e-3, batch_size: int = 128,
+    use_bf16: bool | None = None, pauses: Container[int] = (), label: str = "Training",
+) -> Iterator[Progress]:  # fmt: skip
     """Train `model` in place, and pause at the end of every epoch and after so many steps as `pauses` hold.
 
     An epoch is one pass over `data` in random order. It computes in bf16 if `use_bf16`, by default where that is fast.
