@@ -91,14 +91,9 @@ class SpanDiffusion(nn.Module):
         nn.init.zeros_(self.main_network[-1].weight)
         nn.init.zeros_(self.main_network[-1].bias)
         for name, shape in {
-            "inputs": (pairs, dimension),
-            "input_mean": (dimension,),
-            "input_scale": (),
-            "targets": (pairs, dimension),
-            "output_mean": (dimension,),
-            "output_scale": (),
-            "steps": (pairs,),
-        }.items():
+            "inputs": (pairs, dimension), "input_mean": (dimension,), "input_scale": (),
+            "targets": (pairs, dimension), "output_mean": (dimension,), "output_scale": (), "steps": (pairs,),
+        }.items():  # fmt: skip
             self.register_buffer(name, torch.empty(shape))
 
     @classmethod
@@ -203,13 +198,8 @@ def save_diffusion(model: SimpleWeightSpaceDiffusion | SpanDiffusion, path: Path
 
     Raises UserError if `path` cannot be written; an earlier file survives.
     """
-    content = {
-        "model": type(model).__name__,
-        "sizes": model.sizes,
-        "state_dict": model.state_dict(),
-        "seconds": model.seconds,
-    }
-    save_tensors(path, content)
+    content = {"model": type(model).__name__, "sizes": model.sizes, "seconds": model.seconds}
+    save_tensors(path, content | {"state_dict": model.state_dict()})
 
 
 def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu") -> SimpleWeightSpaceDiffusion:

@@ -166,14 +166,10 @@ def steps_table(scores: list[Score]) -> str:
     """The table of design document section 3.1, and the mean cross-entropy per image."""
     header = ["Generative Step", "Model Accuracy (%)", "Average Loss", "Cross-Entropy per Image"]
     rows = [
-        [
-            str(step) if step else "0 (Initial Random Weights)",
-            f"{result.accuracy_percent:.2f}%",
-            f"{result.average_loss:.4f}",
-            f"{result.cross_entropy:.4f}",
-        ]
+        [str(step) if step else "0 (Initial Random Weights)", f"{result.accuracy_percent:.2f}%",
+         f"{result.average_loss:.4f}", f"{result.cross_entropy:.4f}"]
         for step, result in enumerate(scores)
-    ]
+    ]  # fmt: skip
     return table(header, rows)
 
 

@@ -218,10 +218,12 @@ class Dataset(NamedTuple):
         return Dataset(self.images[index], self.labels[index])
 
 
+@functools.cache
 def load_mnist(split: str, root: Path, device: torch.device | str = "cpu") -> Dataset:
     """The "train" (60,000) or "test" (10,000) images of MNIST, from `root`/MNIST/raw or downloaded to it.
 
-    Raises UserError if the files are missing or broken and cannot be downloaded.
+    They are read once and shared: change none in place. Raises UserError if the files are missing or broken and cannot
+    be downloaded.
     """
     name, count = {"train": ("train", 60_000), "test": ("t10k", 10_000)}[split]
     raw = root / "MNIST" / "raw"
@@ -287,15 +289,9 @@ class Progress(NamedTuple):
 
 
 def train_with_adam(
-    model: nn.Module,
-    data: Dataset,
-    epochs: int,
-    lr: float = 1e-3,
-    batch_size: int = 128,
-    use_bf16: bool | None = None,
-    pauses: Container[int] = (),
-    label: str = "Training",
-) -> Iterator[Progress]:
+    model: nn.Module, data: Dataset, epochs: int, lr: float = 1e-3, batch_size: int = 128,
+    use_bf16: bool | None = None, pauses: Container[int] = (), label: str = "Training",
+) -> Iterator[Progress]:  # fmt: skip
     """Train `model` in place, and pause at the end of every epoch and after so many steps as `pauses` hold.
 
     An epoch is one pass over `data` in random order. It computes in bf16 if `use_bf16`, by default where that is fast.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
-from scripting import save_training
+import scripting
 from target_cnn import scoring_data, training_data
 from universal import load_synthesizer
 from universal.evaluation.networks import mlp
@@ -350,16 +350,16 @@ def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, mon
     assert rewards[0] < rewards[2]
     assert printed.startswith("Evaluation 8/24: ")
 
-    save = reinforcement.Reinforcement.save
+    save = scripting.save_training
 
-    def killed(self):
-        save(self)
+    def killed(training):
+        save(training)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reinforcement.Reinforcement, "save", killed)
+    monkeypatch.setattr(scripting, "save_training", killed)
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, *options_of(users, "killed"))
-    monkeypatch.setattr(reinforcement.Reinforcement, "save", save)
+    monkeypatch.setattr(scripting, "save_training", save)
     assert not (users / "killed.pth").exists()
     command(monkeypatch, *options_of(users, "killed"))
     assert "Going on from generation 2" in capsys.readouterr().out
@@ -457,7 +457,7 @@ def test_a_state_that_is_broken_or_of_other_options_is_not_taken(users, refusal)
     pytest.importorskip("cmaes")
     (users / "x.state.pth").write_bytes(b"not a state")
     assert "x.state.pth: is damaged" in refusal(main, *options_of(users, "x"))
-    save_training(users / "x.state.pth", {"seed": "1"}, 0, 0.0, {})
+    torch.save({"settings": {"seed": "1"}}, users / "x.state.pth")
     assert "x.state.pth: is of a training with other options" in refusal(main, *options_of(users, "x"))
 
 

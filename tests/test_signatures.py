@@ -758,17 +758,17 @@ def test_the_denoiser_is_trained_better_than_classical_ones_and_goes_on(tmp_path
         return ["--corpus", small_corpus, "--steps", 12, "--report-every", 5, *files]
 
     main_of(diffusion, monkeypatch, *options("whole"))
-    step = diffusion.one_step
+    step = diffusion.Training.one_step
 
-    def killed(*arguments):
-        if arguments[-1] == 8:
+    def killed(training):
+        if training.step == 8:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return step(training)
 
-    monkeypatch.setattr(diffusion, "one_step", killed)
+    monkeypatch.setattr(diffusion.Training, "one_step", killed)
     with pytest.raises(KeyboardInterrupt):
         main_of(diffusion, monkeypatch, *options("halves"))
-    monkeypatch.setattr(diffusion, "one_step", step)
+    monkeypatch.setattr(diffusion.Training, "one_step", step)
     main_of(diffusion, monkeypatch, *options("halves"))
     whole, halves = (denoising.load_denoiser(tmp_path / f"{name}.pth").state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)

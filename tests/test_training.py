@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
-import target_cnn
 from target_cnn import TargetCNN, score
 from universal import load_synthesizer, train
 from universal.evaluation.networks import EVALUATED_SHAPES, cnn, mlp
@@ -122,13 +121,6 @@ def test_the_sampler_never_returns_what_costs_too_much(monkeypatch):
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _images_read_once():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target_cnn, "load_mnist", functools.cache(target_cnn.load_mnist))
-        yield
 
 
 @pytest.fixture
@@ -236,7 +228,7 @@ def test_what_no_network_can_be_written_with_is_reported(tmp_path, start, monkey
     state = training.Training(train.parse_options(), 0, 1)
     with torch.no_grad():
         state.average.module.experts[0].task.probes.fill_(torch.nan)
-    state.report()
+    state.report(minutes_left=0)
     assert "nan% (mlp)" in capsys.readouterr().out
 
 

@@ -25,7 +25,7 @@ from scripting import (
     run_to_end,
     start_processes,
 )
-from universal.model.synthesizer import SYNTHESIZER, save_synthesizer
+from universal.model.synthesizer import MAKER, SYNTHESIZER, save_synthesizer
 from universal.training.architectures import FAMILIES
 from universal.training.training import Training
 
@@ -58,8 +58,7 @@ def main() -> None:
         precision = "bf16" if training.use_bf16 else "fp32"
         print(f"Using device: {options.device}, precision: {precision}, processes: {processes}")
         print(f"Training a synthesiser of {parameters:,} parameters for {options.steps} steps", flush=True)
-    training.resume()
-    run_to_end(training, options.steps, options.report_every, rank)
+    run_to_end(training, MAKER, rank)
     if rank == 0:
         synthesizer = training.average.module.cpu()
         seconds = training.earlier_seconds + training.seconds

@@ -317,23 +317,17 @@ class Kind:
 
 
 STATISTICS = ("running_mean", "running_var")
+BY_STATISTICS = ("input", *STATISTICS, "weight", "bias")
 CONVOLUTION = Kind(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), 1, is_convolution=True)
-LINEAR = Kind(("input", "weight", "bias"), -1)
-PRODUCT = Kind(("input", "weight"), -1, transposed=True)
 KINDS: dict[Callable, Kind] = {
     torch.conv1d: CONVOLUTION,
     torch.conv2d: CONVOLUTION,
-    F.linear: LINEAR,
+    F.linear: Kind(("input", "weight", "bias"), -1),
     torch.einsum: Kind((), -1, product=products.of_einsum),
     torch.addmm: Kind(("bias", "input", "weight"), -1, transposed=True),
-    F.batch_norm: Kind(
-        ("input", *STATISTICS, "weight", "bias", "training", "momentum", "eps"), 1, is_norm=True, by_inputs="training"
-    ),
+    F.batch_norm: Kind((*BY_STATISTICS, "training", "momentum", "eps"), 1, is_norm=True, by_inputs="training"),
     F.instance_norm: Kind(
-        ("input", *STATISTICS, "weight", "bias", "use_input_stats", "momentum", "eps"),
-        1,
-        is_norm=True,
-        by_inputs="use_input_stats",
+        (*BY_STATISTICS, "use_input_stats", "momentum", "eps"), 1, is_norm=True, by_inputs="use_input_stats"
     ),
     F.group_norm: Kind(("input", "num_groups", "weight", "bias", "eps"), 1, is_norm=True),
     F.layer_norm: Kind(("input", "normalized_shape", "weight", "bias", "eps"), -1, is_norm=True),

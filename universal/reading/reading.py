@@ -121,29 +121,14 @@ class Inventory:
             if windows is not None:
                 window, order, side, resolution = windows.sides, windows.order, windows.map_side, windows.across
                 options = {"stride": windows.stride}
-        read = [self.layers[source] for source in numbers.sources - {-1}]
+        from_maps = any(self.layers[source].resolution > 1 for source in numbers.sources - {-1})
+        pooled = from_maps and resolution == 1 and grid is not None and len(grid) == 1
         layer = Layer(
-            name=weight.name.removesuffix(".weight"),
-            weight=weight,
-            bias=bias,
-            shape=shape[::-1] if kind.transposed else shape,
-            options=options,
-            channels=neurons.numbers(channels),
-            places=places,
-            grid=grid,
-            order=order,
-            depth=numbers.depth,
-            sources=numbers.sources,
-            window=window,
-            resolution=resolution,
-            side=side,
-            index=len(self.layers),
-            first_neuron=len(neurons.codes),
-            pooled=resolution == 1
-            and grid is not None
-            and len(grid) == 1
-            and any(source.resolution > 1 for source in read),
-        )
+            name=weight.name.removesuffix(".weight"), weight=weight, bias=bias, options=options,
+            shape=shape[::-1] if kind.transposed else shape, channels=neurons.numbers(channels), places=places,
+            grid=grid, order=order, depth=numbers.depth, sources=numbers.sources, window=window, resolution=resolution,
+            side=side, index=len(self.layers), first_neuron=len(neurons.codes), pooled=pooled,
+        )  # fmt: skip
         neurons.add(layer.shape[0], layer=layer.index)
         self.layers.append(layer)
         return layer

@@ -62,8 +62,7 @@ def main() -> None:
     options = parse_options()
     rank, processes = start_processes(options.device)
     reinforcement = Reinforcement(options, load_synthesizer(options.synthesizer), rank, processes)
-    reinforcement.resume()
-    run_to_end(reinforcement, reinforcement.steps, options.report_every, rank)
+    run_to_end(reinforcement, "python -m universal.reinforce", rank, unit="generation")
     if rank == 0:
         synthesizer = reinforcement.result().cpu()
         synthesizer.seconds["training"] = synthesizer.seconds.get("training", 0.0) + reinforcement.seconds

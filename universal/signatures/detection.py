@@ -11,7 +11,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
-from scripting import UserError, load_file
+from scripting import UserError, load_file, refused_as
 from universal.signatures.matrices import cropped
 from universal.signatures.nulls import UNTRAINED
 from universal.signatures.scorer import MAKER, Scorer, as_tensor
@@ -74,12 +74,10 @@ def labelled_signatures(
 def load_signatures(path: Path) -> LabelledSignatures:
     """The signatures saved at `path`. Raises UserError if the file is missing or of other statistics."""
     content = load_file(path, maker=MAKER)
-    try:
+    with refused_as(f"{path}: not the signatures of a corpus, or others: make them again with {MAKER}"):
         labelled = LabelledSignatures(**content)
         if labelled.signatures.shape[1] != len(SCORED) or labelled.kind.max() >= len(MATRIX_KINDS):
             raise ValueError
-    except (TypeError, AttributeError, ValueError, IndexError, RuntimeError) as error:
-        raise UserError(f"{path}: not the signatures of a corpus, or others: make them again with {MAKER}") from error
     return labelled
 
 

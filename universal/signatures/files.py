@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripting import MissingPackage, UserError, in_short, load_file, one_line
+from scripting import HARMLESS, MissingPackage, UserError, in_short, leaves, load_file, one_line, refused_as
 from universal.signatures.parts import dequantised, put_together
 
 MAKER = "the program that wrote it"  # of these files
@@ -116,22 +116,21 @@ MOST_UNFOLDED = 2**28  # entries of a sparse tensor with all its zeros
 
 
 def read_torch(path: Path, left_out: dict[str, str]) -> Found:
-    """What `torch.save` wrote: tensors in dictionaries and lists, however nested."""
+    """What `torch.save` wrote: tensors and arrays in dictionaries and lists, however nested."""
     try:
         content = load_file(path, maker=MAKER)
     except UserError:
         content = load_around_objects(path, left_out)
         if content is None:
             raise
-    yield from walk(content)
+    for name, value in leaves(content):
+        if isinstance(value, Tensor):
+            yield name, plain(value)
+        elif isinstance(value, np.ndarray):
+            yield name, from_numpy(value)
 
 
-# What rebuilds arrays, which may lie beside tensors; the module's name depends on the version that wrote them.
-NUMPY = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype} | {
-    f"numpy.{core}.multiarray.{name}": (getattr(np, "_core", None) or np.core).multiarray.__dict__[name]
-    for core in ("core", "_core")
-    for name in ("_reconstruct", "scalar")
-}
+# What arrays of any kind are made of.
 NUMPY_TYPES = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
 
 
@@ -141,14 +140,15 @@ def load_around_objects(path: Path, left_out: dict[str, str]):
     No class or function that the file names is ever imported or called. None if the file cannot be read so either.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            stand_ins = [(NUMPY.get(name) or type("Lifeless", (Lifeless,), {}), name) for name in names]
-            with torch.serialization.safe_globals([*stand_ins, *NUMPY_TYPES]):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals([*HARMLESS, *NUMPY_TYPES]),
+        ):
+            objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            with torch.serialization.safe_globals([(type("Lifeless", (Lifeless,), {}), name) for name in objects]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever broken bytes lead to
         return None
-    objects = [name for name in names if name not in NUMPY]
     if objects:
         left_out["(objects)"] = f"Python objects, which are never executed: {', '.join(objects[:3])}"
     return content
@@ -159,22 +159,6 @@ class Lifeless:
 
     def __new__(cls, *_, **__):
         return OrderedDict()  # to which the state of an object may be added, unlike to other dictionaries
-
-
-def walk(content) -> Found:
-    """All tensors and arrays in nested dictionaries and lists, by their dotted names, each container once."""
-    waiting, seen = [("", content)], set()
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            yield name, plain(value)
-        elif isinstance(value, np.ndarray):
-            yield name, from_numpy(value)
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            parts = value | vars(value) if isinstance(value, OrderedDict) else value
-            items = list(parts.items() if isinstance(parts, dict) else enumerate(parts))
-            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
 
 
 def plain(tensor: Tensor) -> Tensor | str:
@@ -209,10 +193,8 @@ def read_safetensors(path: Path, _) -> Found:
 
 def read_numpy(path: Path, _) -> Found:
     """Arrays that `numpy.save` and `numpy.savez` wrote; pickled ones are left out."""
-    try:
-        content = np.load(path, allow_pickle=False)
-    except ValueError as error:  # whose text recommends to unpickle it
-        raise UserError(f"{path}: is damaged or not what its name says: make it again with {MAKER}") from error
+    with refused_as(f"{path}: is damaged or not what its name says: make it again with {MAKER}"):
+        content = np.load(path, allow_pickle=False)  # whose errors recommend to unpickle it
     if isinstance(content, np.ndarray):
         yield path.stem, from_numpy(content)
         return
@@ -230,16 +212,10 @@ def read_onnx(path: Path, _) -> Found:
         import onnx  # an optional package
     except ImportError as error:
         raise MissingPackage(f"{path}: needs the package onnx to be read: pip install onnx") from error
-    try:
+    with refused_as(f"{path}: is damaged or not what its name says: make it again with {MAKER}"):
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:
-        raise UserError(f"{path}: is damaged or not what its name says: make it again with {MAKER}") from error
-    try:
+    with refused_as(f"{path}: its weights are in another file, missing or not readable: put it beside this one"):
         onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
-        raise UserError(
-            f"{path}: its weights are in another file, which is missing or cannot be read: put it beside this one"
-        ) from error
     stored: dict[str, Tensor | str] = {}
     scales: dict[str, tuple[str, str, int | None, int]] = {}  # names of scale and zero point; axis, if given; block
     recurrent: set[str] = set()  # weights [directions, gates and units, inputs]

@@ -3,7 +3,6 @@
 import argparse
 import math
 import random
-import time
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from scripting import UserError, resume_training, save_training
+from scripting import UserError
 from target_cnn import Dataset, fast_bf16, score, scoring_data, training_data
 from universal.evaluation.networks import EVALUATED_SHAPES
-from universal.model.synthesizer import MAKER, GraphWeightSynthesizer, Unwritable, fresh_init, load_synthesizer
+from universal.model.synthesizer import GraphWeightSynthesizer, Unwritable, fresh_init, load_synthesizer
 from universal.reading.graph import ComputationGraph
 from universal.training.architectures import draw_architecture
 
@@ -43,13 +42,13 @@ class Reward(nn.Module):
 
 
 class Training:
-    """The state of a training: everything that a step changes, and how it is saved and restored.
+    """The state of a training, for `run_to_end`: everything that a step changes.
 
     Raises UserError if the data, or the synthesiser to start from, cannot be read.
     """
 
     def __init__(self, options: argparse.Namespace, rank: int, processes: int):
-        self.options, self.rank, self.processes = options, rank, processes
+        self.options, self.rank, self.processes, self.steps = options, rank, processes, options.steps
         self.data = training_data(options.data, options.validation, options.device)
         self.validation = scoring_data(options.data, options.validation, options.device)
         self.inputs, self.classes = self.data.images.shape[1:], len(self.data.labels.unique())
@@ -87,11 +86,10 @@ class Training:
             self.adam, rates, total_steps=options.steps, pct_start=warm_up, cycle_momentum=False
         )
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
-        self.pace = 0.0  # seconds a step, of late
 
     def run(self, until: int) -> None:
         """Train up to step `until`. Raises UserError if a loss is not finite, or nothing can be written."""
-        start, losses, first = time.perf_counter(), [], self.step
+        losses = []
         while self.step < until:
             try:
                 losses.append(self.one_step())
@@ -101,9 +99,6 @@ class Training:
                 ) from error
             self.step += 1
         self.loss = torch.stack(losses).mean().item()
-        seconds = time.perf_counter() - start
-        self.seconds += seconds
-        self.pace = seconds / (self.step - first)
         if not math.isfinite(self.loss):
             raise UserError(f"the loss is not finite after {self.step} steps, nothing saved: lower --lr")
 
@@ -137,14 +132,14 @@ class Training:
         """A batch of training images, as a network is to be rewarded on them."""
         # The better the networks, the fewer images still say something about them: three times as many in the end.
         # Networks without convolutions cost so little that they can be rewarded on more.
-        count = self.options.batch_size * (1 + 2 * self.step / self.options.steps) * (1 if graph.convolutional else 3)
+        count = self.options.batch_size * (1 + 2 * self.step / self.steps) * (1 if graph.convolutional else 3)
         batch = torch.randint(len(self.data.labels), (round(count),))
         images, labels = self.data[batch.to(self.options.device)]
         if len(graph.layers) > 1:  # a linear classifier cannot see through a distortion
             images = distorted(images, 1.5 if graph.convolutional else 1.0)
         return Dataset(images.to(memory_format=torch.channels_last), labels)
 
-    def report(self) -> None:
+    def report(self, minutes_left: float) -> None:
         """Print the progress, with the accuracy on validation images of the same network of each family every time."""
         accuracies = []
         for family in self.options.families:
@@ -156,10 +151,9 @@ class Training:
             except Unwritable:  # which may be learned yet
                 accuracy = float("nan")
             accuracies.append(f"{accuracy:5.2f}% ({family})")
-        minutes = self.pace * (self.options.steps - self.step) / 60
         print(
-            f"Step {self.step:{len(str(self.options.steps))}d}/{self.options.steps}: Loss = {self.loss:.4f}, "
-            f"Validation Accuracy = {', '.join(accuracies)}, Time Left = {minutes:.1f} min",
+            f"Step {self.step:{len(str(self.steps))}d}/{self.steps}: Loss = {self.loss:.4f}, "
+            f"Validation Accuracy = {', '.join(accuracies)}, Time Left = {minutes_left:.1f} min",
             flush=True,
         )
 
@@ -174,17 +168,6 @@ class Training:
     def parts(self) -> dict:
         """What has a state_dict."""
         return {"synthesizer": self.synthesizer, "average": self.average, "adam": self.adam, "schedule": self.schedule}
-
-    def save(self) -> None:
-        """Save the state. Raises UserError if it cannot be written."""
-        save_training(self.options.checkpoint, self.settings(), self.step, self.seconds, self.parts())
-
-    def resume(self) -> None:
-        """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
-        path = self.options.checkpoint
-        self.step, self.seconds = resume_training(path, self.settings(), self.parts(), MAKER)
-        if self.step and self.rank == 0:
-            print(f"Going on from step {self.step}, saved in {path}", flush=True)
 
 
 def distorted(images: Tensor, strength: float) -> Tensor:
