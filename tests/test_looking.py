@@ -47,10 +47,10 @@ def overwritten(network, x):
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (ByHand, r"(read|keep): is used 28 times, and was written for its first inputs alone: only \d+ % of the"),
+        (ByHand, r"(read|keep), used 28 times and written for its first inputs alone: (is dead|tells)"),
         (lambda: Own(overwritten), "second: is dead"),
         (lambda: Own(lambda network, x: network.second(x.clamp(max=0)).relu()), "second: is dead"),
-        (lambda: Own(lambda network, x: network.second(x).sin().mul(1e4).sin()), "least of all layers: only"),
+        (lambda: Own(lambda network, x: network.second(x).sin().mul(1e4).sin()), "tells the classes apart least: only"),
     ],
 )
 def test_a_network_that_is_hardly_written_gives_a_warning_that_names_the_layer(synthesizer, build, reason):

@@ -29,23 +29,29 @@ def doubt(graph: ComputationGraph, task: Task, probes: int) -> str | None:
             outputs[call.index] = result  # of its last use
             uses[call.index] = uses.get(call.index, 0) + 1
 
+    def called(layer: Layer) -> str:
+        often = uses[layer.index]
+        return layer.name + (f", used {often} times and written for its first inputs alone" if often > 1 else "")
+
     logits = graph.run(task.probes[:probes], {}, see=see)
     for layer in graph.layers:
         if not outputs[layer.index].isfinite().all():
-            return f"{layer.name}: gives NaN or infinite values of the synthesiser's images"
+            return f"{called(layer)}: gives NaN or infinite values of the synthesiser's images"
         if is_dead(layer, outputs[layer.index], probes):
-            return f"{layer.name}: is dead: it lets nothing pass of any of the synthesiser's images"
+            return f"{called(layer)}: is dead: it lets nothing pass of any of the synthesiser's images"
     labels = task.labels[:probes, : graph.classes].argmax(1)
     right = 100 * (logits.argmax(1) == labels).double().mean().item()
     if right >= LEAST_RIGHT_PERCENT:
         return None
-    often = max(graph.layers, key=lambda layer: uses[layer.index])
-    if uses[often.index] > 1:
-        why = f"{often.name}: is used {uses[often.index]} times, and was written for its first inputs alone"
-    else:
-        worst = min(graph.layers, key=lambda layer: separation(layer, outputs[layer.index], labels))
-        why = f"{worst.name}: tells the classes apart least of all layers"
-    return f"{why}: only {right:.0f} % of the synthesiser's own images are right: do not rely on these weights"
+    # What is used again comes first: of all others, what tells the classes apart least.
+    worst = min(
+        graph.layers,
+        key=lambda layer: (-uses[layer.index], separation(layer, outputs[layer.index], labels)),
+    )
+    return (
+        f"{called(worst)}: tells the classes apart least: only {right:.0f} % of the synthesiser's own images are right: "
+        "do not rely on these weights"
+    )
 
 
 def is_dead(layer: Layer, outputs: Tensor, probes: int) -> bool:
