@@ -136,12 +136,8 @@ def find_state_dicts(content, expected: dict) -> list[tuple[str, dict[str, Tenso
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
     """The shapes of the tensors in `state` that can be weights; None for masks, sparse tensors and their like."""
-    return {
-        name: tuple(value.shape)
-        if value.is_floating_point() and value.layout is torch.strided and not value.is_meta
-        else None
-        for name, value in state.items()
-    }
+    dense = (one.is_floating_point() and one.layout is torch.strided and not one.is_meta for one in state.values())
+    return {name: tuple(one.shape) if kept else None for (name, one), kept in zip(state.items(), dense, strict=True)}
 
 
 def find_runs(directory: Path) -> list[Path]:

@@ -243,6 +243,7 @@ def trivial_methods(
 ) -> dict[str, Tensor]:
     """Networks, by the name of the method, that take no generative model to get."""
     generator = torch.Generator().manual_seed(seed)
+    # Those that were recorded after training, not before it.
     trained = [weights for weights, result in zip(checkpoints, scores, strict=True) if result.accuracy_percent > 50]
     best = checkpoints[max(range(len(scores)), key=lambda index: scores[index].accuracy_percent)]
     noise = best.square().mean().sqrt() * torch.randn(best.shape, generator=generator)
