@@ -178,23 +178,19 @@ def option_parser(description: str, seed: int) -> argparse.ArgumentParser:
     parser = OneLineParser(description)
     # PyTorch's CPU generator uses the lowest 32 bits only: larger seeds would repeat smaller ones unnoticed.
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=seed, help="seed of all randomness")
-    parser.add_argument(
-        "--device", type=device, default=default_device(), help="where to compute, such as cpu, cuda or mps"
-    )
+    fastest = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    parser.add_argument("--device", type=device, default=fastest, help="where to compute, such as cpu, cuda or mps")
     return parser
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """The options of a script that reads MNIST."""
+    data = Path(__file__).resolve().parent / "data"
+    parser.add_argument("--data", type=Path, default=data, help="directory with MNIST/raw")
     parser.add_argument(
-        "--data", type=Path, default=Path(__file__).resolve().parent / "data", help="directory with MNIST/raw"
-    )
-    parser.add_argument(
-        "--validation",
-        type=number(int, 0, 50_000),
-        default=0,
+        "--validation", type=number(int, 0, 50_000), default=0,
         help="for tuning: hold out this many training images and score on them instead of the test images",
-    )
+    )  # fmt: skip
 
 
 def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str | None) -> None:
@@ -206,24 +202,10 @@ def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
     """The options of a training that goes on where it was killed (`run_to_end`)."""
-    parser.add_argument(
-        "--report-every",
-        type=number(int, 1, 10**8),
-        default=report_every,
-        help="steps between progress lines and saved states",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=output_file(".pth"),
-        default=Path(checkpoint),
-        help="state to go on from, deleted at the end",
-    )
-    parser.add_argument("--out", type=output_file(".pth"), default=out, help="file to write")
-
-
-def default_device() -> str:
-    """The accelerator if there is one, else the CPU."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    count, file, state = number(int, 1, 10**8), output_file(".pth"), Path(checkpoint)
+    parser.add_argument("--report-every", type=count, default=report_every, help="steps from report to report")
+    parser.add_argument("--checkpoint", type=file, default=state, help="state at the last report, deleted at the end")
+    parser.add_argument("--out", type=file, default=out, help="file to write")
 
 
 def device(text: str) -> torch.device:

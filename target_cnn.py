@@ -136,12 +136,8 @@ def find_state_dicts(content, expected: dict) -> list[tuple[str, dict[str, Tenso
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...] | None]:
     """The shapes of the tensors in `state` that can be weights; None for masks, sparse tensors and their like."""
-    return {name: tuple(value.shape) if can_be_weights(value) else None for name, value in state.items()}
-
-
-def can_be_weights(tensor: Tensor) -> bool:
-    """Whether `tensor` is dense, of real numbers."""
-    return tensor.is_floating_point() and tensor.layout is torch.strided and not tensor.is_meta
+    dense = (one.is_floating_point() and one.layout is torch.strided and not one.is_meta for one in state.values())
+    return {name: tuple(one.shape) if kept else None for (name, one), kept in zip(state.items(), dense, strict=True)}
 
 
 def find_runs(directory: Path) -> list[Path]:
@@ -346,12 +342,8 @@ def score(model: nn.Module, data: Dataset, batch_size: int = 250) -> Score:
     losses = F.cross_entropy(logits, data.labels, reduction="none")
     wrong = logits.argmax(1) != data.labels
     summed_over_batches = sum(len(batch) * batch.double().sum().item() for batch in losses.split(256))
-    return Score(
-        accuracy_percent=100 * (1 - wrong.double().mean().item()),
-        average_loss=summed_over_batches / len(losses),
-        cross_entropy=losses.double().mean().item(),
-        wrong=wrong.cpu(),
-    )
+    accuracy_percent = 100 * (1 - wrong.double().mean().item())
+    return Score(accuracy_percent, summed_over_batches / len(losses), losses.double().mean().item(), wrong.cpu())
 
 
 def score_weights(states: Iterable[Tensor], data: Dataset) -> list[Score]:

@@ -32,10 +32,9 @@ def cnn(channels: list[int], hidden: int) -> nn.Module:
 class ResidualBlock(nn.Module):
     """[N, width, height, width] -> the same shape: the input plus two convolutions of it, and a ReLU of the sum."""
 
-    def __init__(self, width: int, kernel: int = 3):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, kernel, padding="same")
-        self.conv2 = nn.Conv2d(width, width, kernel, padding="same")
+        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding="same") for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
@@ -110,9 +109,9 @@ class VisionTransformer(nn.Module):
         return self.out(self.blocks(x).mean(1))
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, activation: type[nn.Module] = nn.ReLU, **options) -> nn.Sequential:
-    """A convolution, padded to keep the size unless `options` say otherwise, and what follows it."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **({"padding": kernel // 2} | options)), activation())
+def conv(inputs: int, outputs: int, kernel: int = 3, **options) -> nn.Sequential:
+    """A convolution, padded to keep the size unless `options` say otherwise, and a ReLU."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, **({"padding": kernel // 2} | options)), nn.ReLU())
 
 
 def separable(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

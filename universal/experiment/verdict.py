@@ -243,17 +243,13 @@ def trivial_methods(
 ) -> dict[str, Tensor]:
     """Networks, by the name of the method, that take no generative model to get."""
     generator = torch.Generator().manual_seed(seed)
-    trained = [weights for weights, result in zip(checkpoints, scores, strict=True) if is_trained(result)]
+    # Those that were recorded after training, not before it.
+    trained = [weights for weights, result in zip(checkpoints, scores, strict=True) if result.accuracy_percent > 50]
     best = checkpoints[max(range(len(scores)), key=lambda index: scores[index].accuracy_percent)]
     noise = best.square().mean().sqrt() * torch.randn(best.shape, generator=generator)
     methods = {"mean of the recorded checkpoints": torch.stack(trained).mean(dim=0)} if trained else {}
     methods |= {f"best checkpoint + {amplitude:.0%} noise": best + amplitude * noise for amplitude in NOISE}
     return methods | ({} if reference is None else {"CNN trained from another seed": reference})
-
-
-def is_trained(result: Score) -> bool:
-    """Whether a checkpoint was recorded after training, not before it."""
-    return result.accuracy_percent > 50
 
 
 def cost(
@@ -265,12 +261,9 @@ def cost(
     of them, and `accuracy_reached` is False.
     """
     spent = sum(generator_seconds.values()) if {"recording", "training"} <= generator_seconds.keys() else None
-    reached = next(
-        (index for index, epoch in enumerate(log or []) if epoch["accuracy_percent"] >= accuracy_percent), None
-    )
-    seconds_to_train = (
-        sum(epoch["seconds"] for epoch in log[: None if reached is None else reached + 1]) if log else None
-    )
+    enough = (count for count, epoch in enumerate(log or [], 1) if epoch["accuracy_percent"] >= accuracy_percent)
+    reached = next(enough, None)  # epochs, that before training among them
+    seconds_to_train = sum(epoch["seconds"] for epoch in log[:reached]) if log else None
     known = spent is not None and seconds_to_train is not None
     return {
         "seconds_to_generate": seconds_to_generate,

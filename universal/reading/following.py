@@ -135,7 +135,7 @@ class Follower:
             self._values |= {id(leaf) for leaf in whole}
             self._alive += whole
         if not followed:
-            self._follow_parameters(function, leaves, outputs, again)
+            self._follow_parameters(leaves, outputs, again)
             return True
         inputs = list(followed.values())
         depth = max(numbers.depth for numbers in inputs)
@@ -239,7 +239,7 @@ class Follower:
             found = Numbers(codes, y, x)
         return found
 
-    def _follow_parameters(self, function: Callable, leaves: list, outputs: list, again: Callable) -> None:
+    def _follow_parameters(self, leaves: list, outputs: list, again: Callable) -> None:
         """Find out which parts of a parameter outputs are, if no activation went in."""
         parts = {place: self.part(leaf) for place, leaf in enumerate(leaves) if self.part(leaf) is not None}
         computed = any(id(leaf) in self._computed for leaf in leaves)

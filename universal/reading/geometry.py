@@ -95,12 +95,8 @@ def read_features(numbers: Numbers) -> tuple[Tensor, Tensor | None, Tensor, Tens
     several = codes.unique(dim=0)
     if (several.sort(0).values == several.sort(0).values[:, :1]).all():  # the same channels everywhere: it mixes places
         return several[:, 0][None], None, places, None
-    return (
-        several[:: max(1, len(several) // 49)].T,
-        places if len(several.T.unique(dim=0)) < several.shape[1] else None,
-        middle,
-        None,
-    )
+    apart = len(several.T.unique(dim=0)) == several.shape[1]
+    return several[:: max(1, len(several) // 49)].T, None if apart else places, middle, None
 
 
 def ranks(places: Tensor) -> Tensor:

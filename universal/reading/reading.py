@@ -258,7 +258,7 @@ class Reading(Calls):
         found = None
         if numbers is not None and kind.is_norm:
             found = self.inventory.norm(kind, function, given, result)
-        elif numbers is not None and self._can_be_written(kind, weight):
+        elif numbers is not None and follower.parameter(weight) and (kind.is_convolution or weight.dim() == 2):
             found = self.inventory.layer(kind, function, given, result)
         self.steps.append(Step(function, found))
         if found is None:
@@ -266,10 +266,6 @@ class Reading(Calls):
             if numbers is not None and weight is not None and not kind.is_norm:
                 self._number_unwritten(kind, function, weight, result)
         return result
-
-    def _can_be_written(self, kind: Kind, weight) -> bool:
-        """Whether this is the weight of a layer, and a parameter."""
-        return self.follower.parameter(weight) is not None and (kind.is_convolution or weight.dim() == 2)
 
     def _weight_of(self, product: products.Product) -> int | None:
         """Which of the operands of a product is a weight that is to be written, if it is one of linear layers."""

