@@ -498,6 +498,7 @@ class Written(nn.Module):
         self.conv, self.dense, self.out = nn.Conv2d(1, 4, 3, 3), nn.Linear(324, 8), nn.Linear(8, 10)
         for name, shape in parameters.items():
             tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            tensor = {"zero": torch.zeros(shape), "one": torch.ones(shape), "p": tensor.abs()}.get(name, tensor)
             if name.startswith("buffer"):
                 self.register_buffer(name, tensor)
             else:
@@ -573,8 +574,29 @@ SPELLINGS = {
         {"g": (28,), "w": (28, 28)}, (2, 1, []),
     ),
     "softmax by hand": (lambda n, x: log_softmax(n.rest(n.maps(x))), {}, (3, 0, [])),
+    # Only where the parameter has the values that it has do these leave it as it is.
+    "at least zero": (lambda n, x: n.out(F.linear(x.flatten(1), n.p.relu())), {"p": (8, 784)}, (1, 0, ["p"])),
+    "a gate that is closed": (lambda n, x: n.rest(n.maps(x) + n.zero.sin()), {"zero": (4, 1, 1)}, (3, 0, ["zero"])),
+    "at most one": (lambda n, x: n.rest(n.maps(x) * n.one.clamp(0, 1)), {"one": (4, 1, 1)}, (3, 0, ["one"])),
+    "two parts in place": (lambda n, x: n.rest(in_place(n.maps(x), n.g, n.b)), {"g": (2, 1, 1), "b": (4, 1, 1)},
+                           (3, 2, [])),
+    "a product with factors": (
+        lambda n, x: n.out(torch.addmm(n.b, x.flatten(1), n.w, beta=0.5, alpha=2)), {"w": (784, 8), "b": (8,)},
+        (1, 0, ["w", "b"])
+    ),
+    "norm of the batch": (
+        lambda n, x: n.rest(F.batch_norm(n.maps(x), n.buffer_m, n.buffer_v, n.g, n.b, True)),
+        {"g": (4,), "b": (4,), "buffer_m": (4,), "buffer_v": (4,)}, (3, 0, ["buffer_m", "buffer_v"])
+    ),
     "put into place": (lambda n, x: n.rest(assembled(n.maps(x))), {}, (3, 0, [])),
 }  # fmt: skip
+
+
+def in_place(maps, gain, shift):
+    """The maps, of which two channels are multiplied and all shifted, by calls of which nothing is kept."""
+    maps[:, 1:3].mul_(gain)
+    maps.add_(shift)
+    return maps
 
 
 def normalised(maps):

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from scripting import in_short
 from universal.mnist import IMAGE_FORMATS, noise
-from universal.reading.calls import Call, Calls, Kind, Layer, Part, is_float
+from universal.reading.calls import IN_PLACE, Call, Calls, Kind, Layer, Part, is_float
 from universal.reading.inputs import InputFormat, format_of, two_of
 from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
@@ -133,7 +133,8 @@ class ComputationGraph:
             if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
                 raise another_way
             inputs = given[step.activations]
-            return compute(found, inputs.to(images.dtype)).to(inputs.dtype)
+            outputs = compute(found, inputs.to(images.dtype)).to(inputs.dtype)
+            return inputs.copy_(outputs) if function in IN_PLACE else outputs
 
         with still(self.module), Calls(call) as calls:
             logits = logits_of(functional_call(self.module, weights, self._given(images)))

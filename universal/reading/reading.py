@@ -166,6 +166,8 @@ class Inventory:
     def norm(self, kind: Kind, function: Callable, given: dict, result: Tensor) -> Norm | None:
         """The norm that a call is, which gave this `result`; None if what it takes is not to be written."""
         numbers = self.follower.numbers(given["input"])
+        if given.get(kind.by_inputs, kind.by_inputs == "use_input_stats"):
+            given = given | dict.fromkeys(STATISTICS)  # it is told to take those of the inputs
         tensors = {name: given[name] for name in (*STATISTICS, "weight", "bias") if given.get(name) is not None}
         parts = {name: self.follower.part(tensor) for name, tensor in tensors.items()}
         if None in parts.values():
