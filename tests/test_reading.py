@@ -584,6 +584,17 @@ SPELLINGS = {
         lambda n, x: n.out(torch.addmm(n.b, x.flatten(1), n.w, beta=0.5, alpha=2)), {"w": (784, 8), "b": (8,)},
         (1, 0, ["w", "b"])
     ),
+    "products by keyword": (
+        lambda n, x: n.out(torch.addmm(input=n.b, mat1=torch.matmul(x.view(size=(-1, 784)), other=n.v), mat2=n.w)),
+        {"v": (784, 8), "w": (8, 8), "b": (8,)}, (3, 0, []),
+    ),
+    "a weight for each input": (
+        lambda n, x: n.out(torch.bmm(x.flatten(2), n.w.repeat(len(x), 1, 1)).squeeze(1)), {"w": (784, 8)}, (1, 0, ["w"])
+    ),
+    "complex numbers": (
+        lambda n, x: n.out((torch.fft.fft(x.flatten(1)[:, :8]) * n.g).imag * n.b), {"g": (8,), "b": (8,)},
+        (1, 1, ["g"])
+    ),
     "norm of the batch": (
         lambda n, x: n.rest(F.batch_norm(n.maps(x), n.buffer_m, n.buffer_v, n.g, n.b, True)),
         {"g": (4,), "b": (4,), "buffer_m": (4,), "buffer_v": (4,)}, (3, 0, ["buffer_m", "buffer_v"])
@@ -615,6 +626,34 @@ def assembled(maps):
     for channel in range(maps.shape[1]):
         whole[:, channel] = maps[:, channel]
     return whole
+
+
+def test_complex_parameters_are_left():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.out = nn.Linear(784, 8, dtype=torch.cfloat), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.out(self.first(x.flatten(1).to(torch.cfloat)).abs())
+
+    network = Complex()
+    graph, images = ComputationGraph(network), torch.randn(3, 1, 28, 28)
+    assert graph.left == ["first.weight", "first.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(images, {}), network(images))
+
+
+def test_layers_of_one_input_at_a_time_or_of_none_are_refused():
+    out = nn.Linear(784, 10)
+    apart = Written(lambda n, x: torch.stack([n.last(image) for image in x.flatten(1)]))
+    chosen = Written(lambda n, x: n.last(x.flatten(1)) + n.last(x.flatten(1)[:0]).sum())
+    for network, reason in ((apart, "linear of one input"), (chosen, "linear of a choice of inputs, here of none")):
+        network.last = out
+        with pytest.raises(ValueError, match=reason + r".* is not supported \(test_reading.py, line "):
+            ComputationGraph(network)
+    with pytest.raises(ValueError, match="is no module"):
+        ComputationGraph(lambda x: x)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

@@ -371,7 +371,8 @@ REFUSED = {
     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "bilinear",
 }  # fmt: skip
 GEOMETRY = {F.affine_grid}  # what becomes of activations there are places, not activations
-FACTORS = {"alpha", "beta"}  # arguments with which a sum or product is none of KINDS
+OPTIONS = {"alpha", "beta", "out"}  # arguments with which a sum or product is none of KINDS
+OPERANDS = ("input", "mat1", "other", "mat2")  # names of those of products, in order
 EMBEDDINGS = {F.embedding, F.embedding_bag}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
@@ -424,9 +425,12 @@ class Calls(TorchFunctionMode):
             return self.within(attention, *args, **kwargs)
         if function in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if function is Tensor.view and all(isinstance(size, int | tuple | list) for size in args[1:]):
+        if function is Tensor.view and not kwargs and all(isinstance(size, int | tuple | list) for size in args[1:]):
             function = Tensor.reshape  # activations may lie channels-last
-        if function in KINDS and not FACTORS & kwargs.keys():
+        if function in PRODUCTS or function is torch.addmm:
+            args = (*args, *(kwargs[name] for name in OPERANDS if name in kwargs))
+            kwargs = {name: value for name, value in kwargs.items() if name not in OPERANDS}
+        if function in KINDS and not OPTIONS & kwargs.keys():
             return self.call(KINDS[function], function, args, kwargs)
         result = function(*args, **kwargs)
         self.follow(function, args, kwargs, result)

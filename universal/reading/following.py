@@ -96,9 +96,9 @@ class Follower:
         return self._parts.get(id(tensor))
 
     def parameter(self, tensor) -> Part | None:
-        """The part that a tensor is of a parameter; None where it is of a buffer, which is a constant."""
+        """The part that a tensor is of a parameter; None where it is of a buffer, which is a constant, or complex."""
         part = self.part(tensor)
-        return None if part is None or part.name in self.buffers else part
+        return None if part is None or part.name in self.buffers or not is_float(tensor) else part
 
     def computed_from(self, tensor) -> str | None:
         return self._computed.get(id(tensor))

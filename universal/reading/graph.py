@@ -45,6 +45,8 @@ class ComputationGraph:
 
     def __init__(self, module: nn.Module, example: Tensor | None = None):
         self.module = unwrapped(module)
+        if not isinstance(self.module, nn.Module):
+            raise ValueError(f"a {type(module).__name__} is no module: give an nn.Module")
         self.precision: torch.dtype | None = None  # of the inputs, where the module computes in its own alone
         formats = IMAGE_FORMATS if example is None else [format_of(example)]
         self.example = noise(2) if example is None else two_of(example)
@@ -132,6 +134,11 @@ class ComputationGraph:
             given, found = kind.bind(args, kwargs), step.found
             if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
                 raise another_way
+            parts = {"weight": found.weight} if isinstance(found, Layer) else getattr(found, "parameters", {})
+            if any(
+                part.index is not None and part.index.numel() != given[name].numel() for name, part in parts.items()
+            ):
+                raise another_way  # repeated for every input of the batch
             inputs = given[step.activations]
             outputs = compute(found, inputs.to(images.dtype)).to(inputs.dtype)
             return inputs.copy_(outputs) if function in IN_PLACE else outputs
