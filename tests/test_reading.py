@@ -628,6 +628,23 @@ def assembled(maps):
     return whole
 
 
+def test_tables_that_a_network_keeps_are_made_once():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out, self.table = nn.Linear(784, 10), None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(784) * 0.01 + 1
+            return self.out(x.flatten(1) * self.table)
+
+    network = Kept()
+    graph, images = ComputationGraph(network), torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(images, {}), network(images))
+
+
 def test_complex_parameters_are_left():
     class Complex(nn.Module):
         def __init__(self):

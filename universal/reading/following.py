@@ -248,9 +248,11 @@ class Follower:
                 self._alive.append(output)
                 if len(parts) == 1 and not computed:
                     ((place, part),) = parts.items()
-                    moved = moved_elements(
-                        lambda values: again({place: values}, math.nan)[index : index + 1], leaves[place], output
-                    )
+
+                    def instead(values: Tensor, place: int = place, index: int = index) -> list:
+                        return again({place: values}, math.nan)[index : index + 1]
+
+                    moved = moved_elements(instead, leaves[place], output)
                     if moved is not None:
                         self._parts[id(output)] = part.moved(self.parameters[part.name], moved)
                         continue
@@ -268,7 +270,8 @@ def broadcast(*shapes: torch.Size) -> torch.Size | None:
 
 
 def moved_elements(again: Callable, before: Tensor, after: Tensor) -> Tensor | None:
-    """Which elements of `before`, of the shape of `after`, these are, if the function moves those of any other values.
+    """Which elements of `before`, of the shape of `after`, these are, if `again`, which calls the function with other
+    values in its place, moves those too.
 
     One that takes the root of a one, or leaves positive numbers as they are, only seems to move elements.
     """

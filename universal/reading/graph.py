@@ -54,10 +54,14 @@ class ComputationGraph:
             precision = None if example is None else example.dtype
             if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.module.parameters()):
                 self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
-            reading = self._try_formats(formats, precision, self._read)
+            for _ in range(2):
+                reading = self._try_formats(formats, precision, self._read)
+                self._steps = reading.steps
+                if self._is_repeated():
+                    break
         found = reading.inventory
         self.layers, self.norms, self.shifts, self.last = found.layers, found.norms, found.shifts, reading.last
-        self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
+        self.neurons, self.classes = reading.follower.neurons, reading.last.shape[0]
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
         self.counters = [name for name in counters if name in self.state()]
@@ -199,6 +203,14 @@ class ComputationGraph:
             if another.tells_channels_apart:
                 return another
         return reading
+
+    def _is_repeated(self) -> bool:
+        """Whether the module goes the same way again: the first time it may have made what it keeps, such as tables."""
+        try:
+            self.run(self.example.to("cpu", torch.float32), {})
+        except ValueError:
+            return False
+        return True
 
     def _follow(self, inputs: Tensor, axes: str, reading: Reading) -> None:
         """Read a forward pass on `inputs`, whose axes are `axes`."""
