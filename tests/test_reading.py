@@ -498,6 +498,7 @@ class Written(nn.Module):
         self.conv, self.dense, self.out = nn.Conv2d(1, 4, 3, 3), nn.Linear(324, 8), nn.Linear(8, 10)
         for name, shape in parameters.items():
             tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+            tensor = {"zero": torch.zeros(shape), "one": torch.ones(shape), "p": tensor.abs()}.get(name, tensor)
             if name.startswith("buffer"):
                 self.register_buffer(name, tensor)
             else:
@@ -573,8 +574,40 @@ SPELLINGS = {
         {"g": (28,), "w": (28, 28)}, (2, 1, []),
     ),
     "softmax by hand": (lambda n, x: log_softmax(n.rest(n.maps(x))), {}, (3, 0, [])),
+    # Only where the parameter has the values that it has do these leave it as it is.
+    "at least zero": (lambda n, x: n.out(F.linear(x.flatten(1), n.p.relu())), {"p": (8, 784)}, (1, 0, ["p"])),
+    "a gate that is closed": (lambda n, x: n.rest(n.maps(x) + n.zero.sin()), {"zero": (4, 1, 1)}, (3, 0, ["zero"])),
+    "at most one": (lambda n, x: n.rest(n.maps(x) * n.one.clamp(0, 1)), {"one": (4, 1, 1)}, (3, 0, ["one"])),
+    "two parts in place": (lambda n, x: n.rest(in_place(n.maps(x), n.g, n.b)), {"g": (2, 1, 1), "b": (4, 1, 1)},
+                           (3, 2, [])),
+    "a product with factors": (
+        lambda n, x: n.out(torch.addmm(n.b, x.flatten(1), n.w, beta=0.5, alpha=2)), {"w": (784, 8), "b": (8,)},
+        (1, 0, ["w", "b"])
+    ),
+    "products by keyword": (
+        lambda n, x: n.out(torch.addmm(input=n.b, mat1=torch.matmul(x.view(size=(-1, 784)), other=n.v), mat2=n.w)),
+        {"v": (784, 8), "w": (8, 8), "b": (8,)}, (3, 0, []),
+    ),
+    "a weight for each input": (
+        lambda n, x: n.out(torch.bmm(x.flatten(2), n.w.repeat(len(x), 1, 1)).squeeze(1)), {"w": (784, 8)}, (1, 0, ["w"])
+    ),
+    "complex numbers": (
+        lambda n, x: n.out((torch.fft.fft(x.flatten(1)[:, :8]) * n.g).imag * n.b), {"g": (8,), "b": (8,)},
+        (1, 1, ["g"])
+    ),
+    "norm of the batch": (
+        lambda n, x: n.rest(F.batch_norm(n.maps(x), n.buffer_m, n.buffer_v, n.g, n.b, True)),
+        {"g": (4,), "b": (4,), "buffer_m": (4,), "buffer_v": (4,)}, (3, 0, ["buffer_m", "buffer_v"])
+    ),
     "put into place": (lambda n, x: n.rest(assembled(n.maps(x))), {}, (3, 0, [])),
 }  # fmt: skip
+
+
+def in_place(maps, gain, shift):
+    """The maps, of which two channels are multiplied and all shifted, by calls of which nothing is kept."""
+    maps[:, 1:3].mul_(gain)
+    maps.add_(shift)
+    return maps
 
 
 def normalised(maps):
@@ -593,6 +626,51 @@ def assembled(maps):
     for channel in range(maps.shape[1]):
         whole[:, channel] = maps[:, channel]
     return whole
+
+
+def test_tables_that_a_network_keeps_are_made_once():
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out, self.table = nn.Linear(784, 10), None
+
+        def forward(self, x):
+            if self.table is None:
+                self.table = torch.arange(784) * 0.01 + 1
+            return self.out(x.flatten(1) * self.table)
+
+    network = Kept()
+    graph, images = ComputationGraph(network), torch.randn(3, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(images, {}), network(images))
+
+
+def test_complex_parameters_are_left():
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.out = nn.Linear(784, 8, dtype=torch.cfloat), nn.Linear(8, 10)
+
+        def forward(self, x):
+            return self.out(self.first(x.flatten(1).to(torch.cfloat)).abs())
+
+    network = Complex()
+    graph, images = ComputationGraph(network), torch.randn(3, 1, 28, 28)
+    assert graph.left == ["first.weight", "first.bias"]
+    with torch.no_grad():
+        torch.testing.assert_close(graph.run(images, {}), network(images))
+
+
+def test_layers_of_one_input_at_a_time_or_of_none_are_refused():
+    out = nn.Linear(784, 10)
+    apart = Written(lambda n, x: torch.stack([n.last(image) for image in x.flatten(1)]))
+    chosen = Written(lambda n, x: n.last(x.flatten(1)) + n.last(x.flatten(1)[:0]).sum())
+    for network, reason in ((apart, "linear of one input"), (chosen, "linear of a choice of inputs, here of none")):
+        network.last = out
+        with pytest.raises(ValueError, match=reason + r".* is not supported \(test_reading.py, line "):
+            ComputationGraph(network)
+    with pytest.raises(ValueError, match="is no module"):
+        ComputationGraph(lambda x: x)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

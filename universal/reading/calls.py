@@ -346,6 +346,11 @@ KINDS |= dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tens
 OVER = Kind(("input", "other"), -1, by_element=Quotient, commutes=False)
 OVER_FUNCTIONS = (torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__)
 KINDS |= dict.fromkeys(OVER_FUNCTIONS, OVER)
+# Those that change the activations that they are given, which may be used again, or be a view of others.
+IN_PLACE = {
+    Tensor.add_, Tensor.__iadd__, Tensor.mul_, Tensor.__imul__, Tensor.sub_, Tensor.__isub__, Tensor.div_,
+    Tensor.__itruediv__,
+}  # fmt: skip
 # Functions of which an argument changes nothing if it is 1, not 0.
 RATIOS = {
     *TIMES_FUNCTIONS, *OVER_FUNCTIONS, Tensor.__rtruediv__, torch.multiply, Tensor.multiply, torch.divide,
@@ -360,6 +365,8 @@ REFUSED = {
     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "bilinear",
 }  # fmt: skip
 GEOMETRY = {F.affine_grid}  # what becomes of activations there are places, not activations
+OPTIONS = {"alpha", "beta", "out"}  # arguments with which a sum or product is none of KINDS
+OPERANDS = ("input", "mat1", "other", "mat2")  # names of those of products, in order
 EMBEDDINGS = {F.embedding, F.embedding_bag}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
@@ -412,9 +419,12 @@ class Calls(TorchFunctionMode):
             return self.within(attention, *args, **kwargs)
         if function in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if function is Tensor.view and all(isinstance(size, int | tuple | list) for size in args[1:]):
+        if function is Tensor.view and not kwargs and all(isinstance(size, int | tuple | list) for size in args[1:]):
             function = Tensor.reshape  # activations may lie channels-last
-        if function in KINDS:
+        if function in PRODUCTS or function is torch.addmm:
+            args = (*args, *(kwargs[name] for name in OPERANDS if name in kwargs))
+            kwargs = {name: value for name, value in kwargs.items() if name not in OPERANDS}
+        if function in KINDS and not OPTIONS & kwargs.keys():
             return self.call(KINDS[function], function, args, kwargs)
         result = function(*args, **kwargs)
         self.follow(function, args, kwargs, result)

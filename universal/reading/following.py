@@ -96,9 +96,9 @@ class Follower:
         return self._parts.get(id(tensor))
 
     def parameter(self, tensor) -> Part | None:
-        """The part that a tensor is of a parameter; None where it is of a buffer, which is a constant."""
+        """The part that a tensor is of a parameter; None where it is of a buffer, which is a constant, or complex."""
         part = self.part(tensor)
-        return None if part is None or part.name in self.buffers else part
+        return None if part is None or part.name in self.buffers or not is_float(tensor) else part
 
     def computed_from(self, tensor) -> str | None:
         return self._computed.get(id(tensor))
@@ -248,8 +248,11 @@ class Follower:
                 self._alive.append(output)
                 if len(parts) == 1 and not computed:
                     ((place, part),) = parts.items()
-                    elements = torch.arange(leaves[place].numel(), dtype=torch.float64).view(leaves[place].shape)
-                    moved = moved_elements(again({place: elements}, math.nan)[index : index + 1], leaves[place], output)
+
+                    def instead(values: Tensor, place: int = place, index: int = index) -> list:
+                        return again({place: values}, math.nan)[index : index + 1]
+
+                    moved = moved_elements(instead, leaves[place], output)
                     if moved is not None:
                         self._parts[id(output)] = part.moved(self.parameters[part.name], moved)
                         continue
@@ -266,15 +269,24 @@ def broadcast(*shapes: torch.Size) -> torch.Size | None:
         return None
 
 
-def moved_elements(found: list, before: Tensor, after: Tensor) -> Tensor | None:
-    """Which elements of `before`, of the shape of `after`, these are, if what was `found` in their place says so."""
-    if not found or not is_float(found[0]) or found[0].shape != after.shape or not after.numel():
+def moved_elements(again: Callable, before: Tensor, after: Tensor) -> Tensor | None:
+    """Which elements of `before`, of the shape of `after`, these are, if `again`, which calls the function with other
+    values in its place, moves those too.
+
+    One that takes the root of a one, or leaves positive numbers as they are, only seems to move elements.
+    """
+    order = torch.arange(before.numel(), dtype=torch.float64).view(before.shape)
+    places, *others = (again(values) for values in (order, 1e4 * (order + 0.3), -1e4 * (order + 0.3)))
+    if not places or not is_float(places[0]) or places[0].shape != after.shape or not after.numel():
         return None
-    (places,) = found
+    (places,) = places
     whole = places.isfinite().all() and places.min() >= 0 and places.max() < before.numel()
     if not whole or not torch.equal(places, places.round()):
         return None
     moved = places.long()
+    expected = 1e4 * (places + 0.3)
+    if not all(found and torch.equal(found[0], sign * expected) for found, sign in zip(others, (1, -1), strict=True)):
+        return None
     return moved if torch.equal(before.flatten()[moved], after) else None
 
 

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from scripting import in_short
 from universal.mnist import IMAGE_FORMATS, noise
-from universal.reading.calls import Call, Calls, Kind, Layer, Part, is_float
+from universal.reading.calls import IN_PLACE, Call, Calls, Kind, Layer, Part, is_float
 from universal.reading.inputs import InputFormat, format_of, two_of
 from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
@@ -45,6 +45,8 @@ class ComputationGraph:
 
     def __init__(self, module: nn.Module, example: Tensor | None = None):
         self.module = unwrapped(module)
+        if not isinstance(self.module, nn.Module):
+            raise ValueError(f"a {type(module).__name__} is no module: give an nn.Module")
         self.precision: torch.dtype | None = None  # of the inputs, where the module computes in its own alone
         formats = IMAGE_FORMATS if example is None else [format_of(example)]
         self.example = noise(2) if example is None else two_of(example)
@@ -52,10 +54,14 @@ class ComputationGraph:
             precision = None if example is None else example.dtype
             if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.module.parameters()):
                 self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
-            reading = self._try_formats(formats, precision, self._read)
+            for _ in range(2):
+                reading = self._try_formats(formats, precision, self._read)
+                self._steps = reading.steps
+                if self._is_repeated():
+                    break
         found = reading.inventory
         self.layers, self.norms, self.shifts, self.last = found.layers, found.norms, found.shifts, reading.last
-        self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
+        self.neurons, self.classes = reading.follower.neurons, reading.last.shape[0]
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
         self.counters = [name for name in counters if name in self.state()]
@@ -142,8 +148,14 @@ class ComputationGraph:
             given, found = kind.bind(args, kwargs), step.found
             if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
                 raise another_way
+            parts = {"weight": found.weight} if isinstance(found, Layer) else getattr(found, "parameters", {})
+            if any(
+                part.index is not None and part.index.numel() != given[name].numel() for name, part in parts.items()
+            ):
+                raise another_way  # repeated for every input of the batch
             inputs = given[step.activations]
-            return compute(found, inputs.to(images.dtype)).to(inputs.dtype)
+            outputs = compute(found, inputs.to(images.dtype)).to(inputs.dtype)
+            return inputs.copy_(outputs) if function in IN_PLACE else outputs
 
         with still(self.module), Calls(call) as calls:
             logits = logits_of(functional_call(self.module, weights, self._given(images)))
@@ -201,6 +213,14 @@ class ComputationGraph:
             if another.tells_channels_apart:
                 return another
         return reading
+
+    def _is_repeated(self) -> bool:
+        """Whether the module goes the same way again: the first time it may have made what it keeps, such as tables."""
+        try:
+            self.run(self.example.to("cpu", torch.float32), {})
+        except ValueError:
+            return False
+        return True
 
     def _follow(self, inputs: Tensor, axes: str, reading: Reading) -> None:
         """Read a forward pass on `inputs`, whose axes are `axes`."""

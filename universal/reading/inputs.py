@@ -49,6 +49,8 @@ def format_of(example: Tensor) -> InputFormat:
     """The format of a batch of inputs as a network takes them. Raises ValueError if these are no such inputs."""
     if not isinstance(example, Tensor):
         raise ValueError(f"the example is a {type(example).__name__}: give a tensor, a batch of two or more inputs")
+    if example.is_nested or example.is_meta or example.layout != torch.strided:
+        raise ValueError("the example is nested, sparse or without data: give an ordinary tensor")
     given = f"the example has the shape {[*example.shape]}"
     possible = tuple(axes for axes in AXES if len(axes) == example.dim())
     if not possible:
@@ -59,7 +61,7 @@ def format_of(example: Tensor) -> InputFormat:
         raise ValueError(f"{given}: its inputs are empty")
     if not example.is_floating_point():
         raise ValueError(f"the example is of {example.dtype}: give inputs of floating point, as the network takes them")
-    if not example.isfinite().all():
+    if not example.float().isfinite().all():
         raise ValueError("the example holds NaN or infinite values: leave such inputs out")
     return InputFormat(possible, tuple(example.shape[1:]))
 
@@ -68,7 +70,7 @@ def two_of(example: Tensor) -> Tensor:
     """Two inputs to follow through a network: the first of the `example`, or noise of their kind where these are all
     of one value, of which a network might make zeros or take another way."""
     two = example.detach()[:2].clone()
-    if two.min() < two.max():
+    if two.float().min() < two.float().max():
         return two
     generator = torch.Generator().manual_seed(0)
     return torch.rand(two.shape, dtype=torch.float32, generator=generator).to(two)

@@ -24,6 +24,7 @@ from universal.reading.calls import (
     Norm,
     Part,
     Shift,
+    is_float,
     name_of,
 )
 from universal.reading.curves import ByLayer, Curves, identity
@@ -69,7 +70,11 @@ class Inventory:
         """The layer that a call is, which gave this `result`; raises Refused if its weight is used in another way."""
         numbers = self.follower.numbers(given["input"])
         weight, bias = (self.follower.parameter(given.get(name)) for name in ("weight", "bias"))
-        own = given["weight"]
+        inputs, own = given["input"], given["weight"]
+        if inputs.dim() < (own.dim() if kind.is_convolution else 2):
+            raise Refused(f"{name_of(function)} of one input of the batch at a time is not supported{place_of()}")
+        if not inputs.numel():
+            raise Refused(f"{name_of(function)} of a choice of inputs, here of none, is not supported{place_of()}")
         if kind.transposed:
             weight = weight.moved(self.follower.parameters[weight.name], torch.arange(own.numel()).view(own.shape).T)
         options = {}
@@ -116,7 +121,8 @@ class Inventory:
             window, side, resolution = shape[2:], side_of(given["input"].shape[2:]), side_of(result.shape[2:])
         else:
             channels, places, grid, order = read_features(numbers)
-            window, side, resolution = None, 1, result.numel() // result.shape[-1] // 2  # tokens of each of two images
+            window, side = None, 1
+            resolution = max(1, result.numel() // result.shape[-1] // 2)  # tokens of each of two images
             windows = find_windows(numbers, order, len(grid))
             if windows is not None:
                 window, order, side, resolution = windows.sides, windows.order, windows.map_side, windows.across
@@ -151,6 +157,8 @@ class Inventory:
     def norm(self, kind: Kind, function: Callable, given: dict, result: Tensor) -> Norm | None:
         """The norm that a call is, which gave this `result`; None if what it takes is not to be written."""
         numbers = self.follower.numbers(given["input"])
+        if given.get(kind.by_inputs, kind.by_inputs == "use_input_stats"):
+            given = given | dict.fromkeys(STATISTICS)  # it is told to take those of the inputs
         tensors = {name: given[name] for name in (*STATISTICS, "weight", "bias") if given.get(name) is not None}
         parts = {name: self.follower.part(tensor) for name, tensor in tensors.items()}
         if None in parts.values():
@@ -272,6 +280,8 @@ class Reading(Calls):
         for place, (weight, other) in enumerate((product.operands, product.operands[::-1])):
             can_be = self.follower.parameter(weight) is not None and self.follower.numbers(other) is not None
             is_plain = place == 1 and weight.dim() == 2 and product.letters[1] == "km"
+            if can_be and (index := self.follower.parameter(weight).index) is not None:
+                can_be = len(index) == 1 or not (index == index[:1]).all()  # not repeated for every input of the batch
             if can_be and not is_plain and products.axes_of(product, place) is not None:
                 return place
         return None
@@ -313,7 +323,12 @@ class Reading(Calls):
     def _activations_beside(self, kind: Kind, given: dict) -> str | None:
         """Which argument of a sum or product are activations, if the other is a parameter."""
         for name, other in (("input", "other"), ("other", "input")):
-            if self.follower.numbers(given.get(name)) and self.follower.parameter(given.get(other)):
+            activations = given.get(name)
+            if (
+                is_float(activations)
+                and self.follower.numbers(activations)
+                and self.follower.parameter(given.get(other))
+            ):
                 return name if given.keys() == {"input", "other"} and (kind.commutes or name == "input") else None
         return None
 
