@@ -5,7 +5,7 @@ from torch import Tensor
 
 from universal.model.algebra import per_probe
 from universal.model.task import Task
-from universal.reading.calls import Call, Layer
+from universal.reading.calls import Layer, Operation
 from universal.reading.graph import ComputationGraph
 
 LEAST_RIGHT_PERCENT = 60  # of the probes, of which a network that was written well gets more right
@@ -24,10 +24,10 @@ def doubt(graph: ComputationGraph, task: Task, probes: int) -> str | None:
     outputs: dict[int, Tensor] = {}
     uses: dict[int, int] = {}
 
-    def see(call: Call, result: Tensor) -> None:
-        if isinstance(call, Layer):
-            outputs[call.index] = result  # of its last use
-            uses[call.index] = uses.get(call.index, 0) + 1
+    def see(operation: Operation, result: Tensor) -> None:
+        if isinstance(operation, Layer):
+            outputs[operation.index] = result  # of its last use
+            uses[operation.index] = uses.get(operation.index, 0) + 1
 
     def called(layer: Layer) -> str:
         often = uses[layer.index]
@@ -49,7 +49,7 @@ def doubt(graph: ComputationGraph, task: Task, probes: int) -> str | None:
         key=lambda layer: (-uses[layer.index], separation(layer, outputs[layer.index], labels)),
     )
     return (
-        f"{called(worst)}: tells the classes apart least: only {right:.0f} % of the synthesiser's own images are right: "
+        f"{called(worst)}: tells the classes apart least: only {right:.0f} % of the synthesiser's images are right: "
         "do not rely on these weights"
     )
 

@@ -17,7 +17,7 @@ from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
 from universal.model.sizes import LARGEST, bounded, centred
 from universal.model.task import Task
-from universal.reading.calls import Call, Gain, Layer, Norm, Shift
+from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
 from universal.reading.graph import ComputationGraph
 
 if TYPE_CHECKING:
@@ -73,15 +73,15 @@ class Writing:
 
     def write(self) -> dict[str, Tensor]:
         """Everything, by name."""
-        self.graph.write(self.probes, self.written, self.write_call)
+        self.graph.write(self.probes, self.written, self.write_operation)
         return self.written
 
-    def write_call(self, call: Call, inputs: Tensor) -> Tensor:
-        """Write a call's parameters; what it then gives for the probes' `inputs`."""
-        if not call.parts and not isinstance(call, Layer):
-            return call.of(self.weights, inputs)
+    def write_operation(self, operation: Operation, inputs: Tensor) -> Tensor:
+        """Write an operation's parameters; what it then gives for the probes' `inputs`."""
+        if not operation.parts and not isinstance(operation, Layer):
+            return operation.of(self.weights, inputs)
         writers = {Layer: self.write_layer, Norm: self.write_norm, Gain: self.write_gain, Shift: self.write_shift}
-        return next(write for kind, write in writers.items() if isinstance(call, kind))(call, inputs)
+        return next(write for kind, write in writers.items() if isinstance(operation, kind))(operation, inputs)
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
         about = self.expert.describe(description_of(layer, self.graph, self.step).to(inputs))

@@ -1,6 +1,6 @@
 """The calls of torch functions that take weights: layers, norms and parameters that are added or multiplied by.
 
-One more kind of call is one more entry in `KINDS`. `Calls` is the mode under which a forward pass shows them.
+One more kind of call is one more entry in `KINDS`. `CallMode` is the mode under which a forward pass shows them.
 """
 
 import math
@@ -292,7 +292,7 @@ class Quotient(Gain):
         return 1 / wanted
 
 
-Call = Layer | Norm | Shift  # or a Gain, which is a Shift
+Operation = Layer | Norm | Shift  # or a Gain, which is a Shift
 
 
 # ---- one entry a kind ------------------------------------------------------------------------------------------------
@@ -399,7 +399,7 @@ def attention(
     return F.linear(mixed, out_proj_weight, out_proj_bias), shown if need_weights else None
 
 
-class Calls(TorchFunctionMode):
+class CallMode(TorchFunctionMode):
     """A forward pass of which `call(kind, function, args, kwargs)` computes every call that may take weights.
 
     What it calls `within` the mode is seen in its turn.

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from scripting import in_short
 from universal.mnist import IMAGE_FORMATS, noise
-from universal.reading.calls import IN_PLACE, Call, Calls, Kind, Layer, Part, is_float
+from universal.reading.calls import IN_PLACE, CallMode, Kind, Layer, Operation, Part, is_float
 from universal.reading.inputs import InputFormat, format_of, two_of
 from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
@@ -65,7 +65,7 @@ class ComputationGraph:
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
         self.counters = [name for name in counters if name in self.state()]
-        parts = [part for call in (*self.layers, *self.norms, *self.shifts) for part in call.parts]
+        parts = [part for operation in (*self.layers, *self.norms, *self.shifts) for part in operation.parts]
         parts += map(Part, self.counters)
         self.written = list(dict.fromkeys(part.name for part in parts))
         if not any(tensor.requires_grad for name, tensor in self.state().items() if name in self.written):
@@ -102,14 +102,14 @@ class ComputationGraph:
         """The logits [N, classes] of images, of the example's shape, with these weights; others are the module's own.
 
         With `batch_statistics` norms use those of the images, as in training, in the place of their running ones.
-        `see(call, outputs)` is shown what each call gives.
+        `see(operation, outputs)` is shown what each operation gives.
         """
         weights = self._own(images, but=weights) | weights
 
-        def compute(call: Call, inputs: Tensor) -> Tensor:
-            outputs = call.of(weights, inputs, batch_statistics)
+        def compute(operation: Operation, inputs: Tensor) -> Tensor:
+            outputs = operation.of(weights, inputs, batch_statistics)
             if see is not None:
-                see(call, outputs)
+                see(operation, outputs)
             return outputs
 
         return self._forward(images, weights, compute)
@@ -117,16 +117,16 @@ class ComputationGraph:
     def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
         """The logits of images, of the example's shape, while the weights are written.
 
-        `write(call, inputs)` returns the outputs, and puts into `written` what it writes. It is called
+        `write(operation, inputs)` returns the outputs, and puts into `written` what it writes. It is called
         once for each, where it is first used.
         """
         own, done = self._own(images), []
 
-        def compute(call: Call, inputs: Tensor) -> Tensor:
-            if any(call is other for other in done):
-                return call.of(ChainMap(written, own), inputs)
-            done.append(call)
-            return write(call, inputs)
+        def compute(operation: Operation, inputs: Tensor) -> Tensor:
+            if any(operation is other for other in done):
+                return operation.of(ChainMap(written, own), inputs)
+            done.append(operation)
+            return write(operation, inputs)
 
         return self._forward(images, own, compute)
 
@@ -142,7 +142,7 @@ class ComputationGraph:
             if step is None or step.function is not function:
                 raise another_way
             if step.rewritten is not None:
-                return calls.within(step.rewritten, args, kwargs)
+                return mode.within(step.rewritten, args, kwargs)
             if step.found is None:
                 return function(*args, **kwargs)
             given, found = kind.bind(args, kwargs), step.found
@@ -157,7 +157,7 @@ class ComputationGraph:
             outputs = compute(found, inputs.to(images.dtype)).to(inputs.dtype)
             return inputs.copy_(outputs) if function in IN_PLACE else outputs
 
-        with still(self.module), Calls(call) as calls:
+        with still(self.module), CallMode(call) as mode:
             logits = logits_of(functional_call(self.module, weights, self._given(images)))
         if next(steps, None) is not None:
             raise another_way

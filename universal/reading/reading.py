@@ -17,11 +17,11 @@ from universal.reading.calls import (
     GEOMETRY,
     REFUSED,
     STATISTICS,
-    Call,
-    Calls,
+    CallMode,
     Kind,
     Layer,
     Norm,
+    Operation,
     Part,
     Shift,
     is_float,
@@ -46,7 +46,7 @@ class Step(NamedTuple):
     """A call of one of KINDS, and what it was found to be."""
 
     function: Callable
-    found: Call | None  # None where it has no weights to be written
+    found: Operation | None  # None where it has no weights to be written
     activations: str = "input"  # which of its arguments these are
     rewritten: Callable | None = None  # what computes the same from its arguments, by calls that are read themselves
 
@@ -195,11 +195,11 @@ class Inventory:
         self.norms = [norm for norm in self.norms if norm.sources & reached]
 
     @property
-    def all(self) -> list[Call]:
+    def all(self) -> list[Operation]:
         return [*self.layers, *self.norms, *self.shifts]
 
 
-class Reading(Calls):
+class Reading(CallMode):
     """A forward pass that is read: its `steps`, and in the `inventory` what has weights to be written."""
 
     def __init__(self):
