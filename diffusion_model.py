@@ -91,14 +91,9 @@ class SpanDiffusion(nn.Module):
         nn.init.zeros_(self.main_network[-1].weight)
         nn.init.zeros_(self.main_network[-1].bias)
         for name, shape in {
-            "inputs": (pairs, dimension),
-            "input_mean": (dimension,),
-            "input_scale": (),
-            "targets": (pairs, dimension),
-            "output_mean": (dimension,),
-            "output_scale": (),
-            "steps": (pairs,),
-        }.items():
+            "inputs": (pairs, dimension), "input_mean": (dimension,), "input_scale": (),
+            "targets": (pairs, dimension), "output_mean": (dimension,), "output_scale": (), "steps": (pairs,),
+        }.items():  # fmt: skip
             self.register_buffer(name, torch.empty(shape))
 
     @classmethod
@@ -203,13 +198,8 @@ def save_diffusion(model: SimpleWeightSpaceDiffusion | SpanDiffusion, path: Path
 
     Raises UserError if `path` cannot be written; an earlier file survives.
     """
-    content = {
-        "model": type(model).__name__,
-        "sizes": model.sizes,
-        "state_dict": model.state_dict(),
-        "seconds": model.seconds,
-    }
-    save_tensors(path, content)
+    content = {"model": type(model).__name__, "sizes": model.sizes, "seconds": model.seconds}
+    save_tensors(path, content | {"state_dict": model.state_dict()})
 
 
 def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu") -> SimpleWeightSpaceDiffusion:
@@ -220,6 +210,8 @@ def load_diffusion(path: Path, dimension: int, device: torch.device | str = "cpu
     content = load_file(path, maker="train_diffusion.py", mmap=True)
     classes = {kind.__name__: kind for kind in (SimpleWeightSpaceDiffusion, SpanDiffusion)}
     with refused_as(f"{path}: not a saved diffusion model: make it again with train_diffusion.py"):
+        if not isinstance(content, dict):
+            raise TypeError("not a dictionary")
         with torch.device("meta"):
             model = classes[content["model"]](**content["sizes"])
         model.load_state_dict(content["state_dict"], assign=True)

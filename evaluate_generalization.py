@@ -19,9 +19,9 @@ from diffusion_model import rollout
 from scripting import (
     UserError,
     add_data_options,
+    add_output_options,
     number,
     option_parser,
-    output_file,
     run_script,
     save_json,
     table,
@@ -31,7 +31,6 @@ from target_cnn import (
     Score,
     TargetCNN,
     checkpoint_path,
-    fast_bf16,
     find_runs,
     flatten_weights,
     load_log,
@@ -41,7 +40,7 @@ from target_cnn import (
     recorded_files,
     score_weights,
     scoring_data,
-    train_epoch,
+    train_with_adam,
     training_data,
 )
 from universal.experiment.generators import load_generator
@@ -52,7 +51,8 @@ from universal.experiment.verdict import assess, cost, match_neurons, report, st
 def parse_options() -> argparse.Namespace:
     parser = evaluation_parser(
         "Take unseen random TargetCNNs through generative steps, and tell generalisation from recall.",
-        "diffusion_evaluation_plot.png",
+        plot="diffusion_evaluation_plot.png",
+        results="generalization_results.json",
     )
     parser.add_argument("--inits", type=number(int, 1, 1000), default=5, help="unseen inits, from seeds SEED on")
     parser.add_argument(
@@ -60,9 +60,6 @@ def parse_options() -> argparse.Namespace:
         type=number(int, 0, 1000),
         default=1,
         help="train a CNN from another seed for so many epochs, to compare with; 0 for none",
-    )
-    parser.add_argument(
-        "--results", type=output_file(".json"), default=Path("generalization_results.json"), help="record to save"
     )
     return parser.parse_args()
 
@@ -113,15 +110,7 @@ def main() -> None:
 
     reference = train_reference(options) if options.reference_epochs else None
     record = assess(
-        starts,
-        states,
-        options.inits,
-        generated_scores,
-        recorded=recorded,
-        recorded_scores=original_scores,
-        reference=reference,
-        data=data,
-        seed=options.seed,
+        starts, states, options.inits, generated_scores, recorded, original_scores, reference, data, options.seed
     )
     record["cost"] = cost(generator_seconds, seconds_to_generate, log, record["over_inits"][-1]["mean"])
     print(report(record))
@@ -139,14 +128,13 @@ def train_reference(options: argparse.Namespace) -> Tensor:
     """The weights, [421642], of a TargetCNN trained for `--reference-epochs` from the first seed after the inits'."""
     init = random_init(options.seed + options.inits)
     model = load_weights(TargetCNN(), init).to(options.device, memory_format=torch.channels_last)
-    adam = torch.optim.Adam(model.parameters(), fused=True)
     data = training_data(options.data, options.validation, options.device)
-    for epoch in range(1, options.reference_epochs + 1):
-        train_epoch(model, adam, data, 128, fast_bf16(options.device), f"Reference CNN, epoch {epoch}")
+    for _ in train_with_adam(model, data, options.reference_epochs, label="Reference CNN"):
+        pass
     return flatten_weights(model).cpu()
 
 
-def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentParser:
+def evaluation_parser(description: str, plot: str, results: str | None = None) -> argparse.ArgumentParser:
     """The options that both evaluations take. The seed is none that training uses by default."""
     parser = option_parser(description, seed=1000)
     parser.add_argument(
@@ -157,10 +145,8 @@ def evaluation_parser(description: str, plot_name: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
-    parser.add_argument(
-        "--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot_name), help="plot to save"
-    )
     add_data_options(parser)
+    add_output_options(parser, plot, results)
     return parser
 
 
@@ -180,14 +166,10 @@ def steps_table(scores: list[Score]) -> str:
     """The table of design document section 3.1, and the mean cross-entropy per image."""
     header = ["Generative Step", "Model Accuracy (%)", "Average Loss", "Cross-Entropy per Image"]
     rows = [
-        [
-            str(step) if step else "0 (Initial Random Weights)",
-            f"{result.accuracy_percent:.2f}%",
-            f"{result.average_loss:.4f}",
-            f"{result.cross_entropy:.4f}",
-        ]
+        [str(step) if step else "0 (Initial Random Weights)", f"{result.accuracy_percent:.2f}%",
+         f"{result.average_loss:.4f}", f"{result.cross_entropy:.4f}"]
         for step, result in enumerate(scores)
-    ]
+    ]  # fmt: skip
     return table(header, rows)
 
 

@@ -8,7 +8,9 @@ import os
 import pickle
 import re
 import sys
+import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -64,18 +66,25 @@ def program() -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130."""
+    """Run a script's `main`: bad input ends with one line on standard error and exit code 2, Ctrl-C with 130.
+
+    Where nobody reads the output any more, as after `| head -1`, it ends without a word, with 141 as the shell has it.
+    """
     try:
-        main()
-    except UserError as error:
-        print(f"{program()}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        try:
+            main()
+        except UserError as error:
+            print(f"{program()}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except BrokenPipeError:
+        os._exit(141)  # the interpreter would try to write the rest again
     # Everything is written. Taking the interpreter down would only add a second, to free what torch imported.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(0)
 
 
@@ -85,8 +94,14 @@ def summary_statistics(values: Sequence[float]) -> dict[str, float]:
     return {"mean": fmean(values), "standard_deviation": deviation, "minimum": min(values), "maximum": max(values)}
 
 
+def mean_and_range(summary: dict[str, float]) -> str:
+    """What `summary_statistics` says of accuracies in percent, for a cell of a table."""
+    return f"{summary['mean']:.2f} ({summary['minimum']:.2f} to {summary['maximum']:.2f})"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """An aligned Markdown table."""
+    """An aligned Markdown table, whatever its cells hold."""
+    header, *rows = ([cell.replace("|", r"\|") for cell in row] for row in [header, *rows])
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -182,14 +197,15 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str) -> None:
-    """The options of a script that saves a picture and a record, by default under these names."""
+def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str | None) -> None:
+    """The options of a script that saves a picture and maybe a record, by default under these names."""
     parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot), help="picture to save")
-    parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
+    if results:
+        parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
-    """The options of a training that goes on where it was killed (`resume_training`)."""
+    """The options of a training that goes on where it was killed (`run_to_end`)."""
     parser.add_argument(
         "--report-every",
         type=number(int, 1, 10**8),
@@ -282,7 +298,10 @@ def load_file(path: Path, maker: str, mmap: bool = False):
 
 
 def leaves(content) -> Iterator[tuple[str, object]]:
-    """What lies in nested dictionaries and lists, by its dotted name and in their order, each container once."""
+    """What lies in nested dictionaries, with their attributes, and lists, by its dotted name and in their order.
+
+    Each container is looked into once.
+    """
     waiting, seen = [("", content)], set()
     while waiting:
         name, value = waiting.pop()
@@ -290,7 +309,8 @@ def leaves(content) -> Iterator[tuple[str, object]]:
             yield name, value
         elif id(value) not in seen:
             seen.add(id(value))
-            items = list(value.items() if isinstance(value, dict) else enumerate(value))
+            parts = value | vars(value) if isinstance(value, OrderedDict) else value
+            items = list(parts.items() if isinstance(parts, dict) else enumerate(parts))
             waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
 
 
@@ -348,40 +368,49 @@ def save_tensors(path: Path, content) -> None:
     save_file(path, write)
 
 
-def save_training(path: Path, settings: dict, step: int, seconds: float, parts: dict) -> None:
-    """Save the state of a training after so many steps and `seconds`; `parts` have a state_dict each.
+def run_to_end(training, maker: str, rank: int = 0, unit: str = "step") -> None:
+    """Run a `training` to its last step, from where an earlier one was killed; the process of rank 0 reports and saves.
 
-    Raises UserError if it cannot be written.
+    A training has its `options`, of `add_training_options`, a number of `steps`, the `step` that it is at and its
+    `seconds` so far; `settings()`, which a training that goes on must share with the killed one; `parts()`, which have
+    a state_dict each; `run(until)` and `report(minutes_left)`. Raises UserError if its state cannot be read or written,
+    or is of other settings.
     """
-    states = {name: part.state_dict() for name, part in parts.items()}
-    progress = {"step": step, "seconds": seconds}
-    save_tensors(path, {"settings": settings, "progress": progress, "states": states})
-
-
-def resume_training(path: Path, settings: dict, parts: dict, maker: str) -> tuple[int, float]:
-    """Load what `save_training` saved into `parts`, if there is such a file: the steps and seconds so far.
-
-    Raises UserError if it is broken or of other `settings`.
-    """
-    if not path.exists():
-        return 0, 0.0
-    content = load_file(path, maker=maker)
-    with refused_as(f"{path}: not the state of a training: delete it or choose another --checkpoint"):
-        if content["settings"] != settings:
-            raise UserError(f"{path}: is of a training with other options: delete it or choose another --checkpoint")
-        for name, part in parts.items():
-            part.load_state_dict(content["states"][name])
-        return content["progress"]["step"], content["progress"]["seconds"]
-
-
-def run_to_end(training, steps: int, report_every: int, rank: int) -> None:
-    """Run a `training` to so many steps, from its `step` on; the process of rank 0 reports and saves on the way."""
-    while training.step < steps:
-        training.run(min(training.step + report_every, steps))
+    options = training.options
+    resume_training(training, maker)
+    if training.step and rank == 0:
+        print(f"Going on from {unit} {training.step}, saved in {options.checkpoint}", flush=True)
+    while training.step < training.steps:
+        first, start = training.step, time.perf_counter()
+        training.run(min(first + options.report_every, training.steps))
+        seconds = time.perf_counter() - start
+        training.seconds += seconds
         if rank == 0:
-            training.report()
-            if training.step < steps:
-                training.save()
+            training.report(seconds / (training.step - first) * (training.steps - training.step) / 60)
+            if training.step < training.steps:
+                save_training(training)
+
+
+def save_training(training) -> None:
+    """Save the state of a training, as `run_to_end` knows it."""
+    states = {name: part.state_dict() for name, part in training.parts().items()}
+    progress = {"step": training.step, "seconds": training.seconds}
+    content = {"settings": training.settings(), "progress": progress, "states": states}
+    save_tensors(training.options.checkpoint, content)
+
+
+def resume_training(training, maker: str) -> None:
+    """Load what `save_training` saved, if it saved anything."""
+    path = training.options.checkpoint
+    if not path.exists():
+        return
+    content = load_file(path, maker)
+    with refused_as(f"{path}: not the state of a training: delete it or choose another --checkpoint"):
+        if content["settings"] != training.settings():
+            raise UserError(f"{path}: is of a training with other options: delete it or choose another --checkpoint")
+        for name, part in training.parts().items():
+            part.load_state_dict(content["states"][name])
+        training.step, training.seconds = content["progress"]["step"], content["progress"]["seconds"]
 
 
 def save_json(path: Path, content) -> None:

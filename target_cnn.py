@@ -9,9 +9,10 @@ import gzip
 import itertools
 import json
 import re
+import time
 import urllib.request
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,10 +218,12 @@ class Dataset(NamedTuple):
         return Dataset(self.images[index], self.labels[index])
 
 
+@functools.cache
 def load_mnist(split: str, root: Path, device: torch.device | str = "cpu") -> Dataset:
     """The "train" (60,000) or "test" (10,000) images of MNIST, from `root`/MNIST/raw or downloaded to it.
 
-    Raises UserError if the files are missing or broken and cannot be downloaded.
+    They are read once and shared: change none in place. Raises UserError if the files are missing or broken and cannot
+    be downloaded.
     """
     name, count = {"train": ("train", 60_000), "test": ("t10k", 10_000)}[split]
     raw = root / "MNIST" / "raw"
@@ -276,23 +279,51 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def train_epoch(
-    model: TargetCNN, adam: torch.optim.Adam, data: Dataset, batch_size: int, use_bf16: bool, label: str
-) -> float:
-    """One pass over `data` in random order; the mean training loss, nats per image."""
-    model.train()
-    total = torch.zeros((), device=data.labels.device)
-    order = torch.randperm(len(data.labels)).to(data.labels.device)  # drawn on the CPU: the same on every device
-    for batch in tqdm(order.split(batch_size), desc=label, leave=False, disable=None):
-        images, labels = data[batch]
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=use_bf16):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-        total += loss.detach() * len(labels)
-    return (total / len(order)).item()  # waits for the device, so the caller's clock is right
+class Progress(NamedTuple):
+    """How far a training has come."""
+
+    epoch: int  # the one that it is in or at the end of, from 1 on
+    step: int  # batches so far, of all epochs
+    loss: float  # mean of this epoch so far, nats per image
+    seconds: float  # of this epoch so far, without what the caller does in between
+
+
+def train_with_adam(
+    model: nn.Module, data: Dataset, epochs: int, lr: float = 1e-3, batch_size: int = 128,
+    use_bf16: bool | None = None, pauses: Container[int] = (), label: str = "Training",
+) -> Iterator[Progress]:  # fmt: skip
+    """Train `model` in place, and pause at the end of every epoch and after so many steps as `pauses` hold.
+
+    An epoch is one pass over `data` in random order. It computes in bf16 if `use_bf16`, by default where that is fast.
+    """
+    device = data.labels.device
+    use_bf16 = fast_bf16(device) if use_bf16 is None else use_bf16
+    adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    step = 0
+    for epoch in range(1, epochs + 1):
+        start = time.perf_counter()
+        model.train()
+        total, seen = torch.zeros((), device=device), 0
+        order = torch.randperm(len(data.labels)).to(device)  # drawn on the CPU: the same on every device
+        bar = tqdm(order.split(batch_size), desc=f"{label}, epoch {epoch}", leave=False, disable=None)
+        for batch in bar:
+            images, labels = data[batch]
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=use_bf16):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            total += loss.detach() * len(labels)
+            step, seen = step + 1, seen + len(labels)
+            if seen == len(order):
+                bar.close()
+            if seen == len(order) or step in pauses:
+                mean_loss = (total / seen).item()  # waits for the device, so that the clock is right
+                seconds = time.perf_counter() - start
+                yield Progress(epoch, step, mean_loss, seconds)
+                start = time.perf_counter() - seconds
+                model.train()  # scoring it has changed that
 
 
 # ---- the score ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ checkpoints_weights_cnn/run_0001/weights_epoch_*.pth and so on.
 """
 
 import argparse
-import time
+import itertools
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from target_cnn import (
     save_checkpoint,
     score,
     scoring_data,
-    train_epoch,
+    train_with_adam,
     training_data,
 )
 
@@ -62,18 +62,14 @@ def main() -> None:
             print(f"Run {run + 1}/{options.runs}, seed {options.seed + run}")
         torch.manual_seed(options.seed + run)
         model = TargetCNN().to(options.device, memory_format=torch.channels_last)
-        adam = torch.optim.Adam(model.parameters(), lr=options.lr, fused=True)
         save_checkpoint(model, directory, 0)
         for path in recorded_files(directory):
             if path != checkpoint_path(directory, 0):  # of an earlier run, which must not mix with this one
                 path.unlink()
         log = []
-        for epoch in range(options.epochs + 1):
-            loss, seconds = None, 0.0
+        training = train_with_adam(model, train, options.epochs, options.lr, options.batch_size, use_bf16)
+        for epoch, _, loss, seconds in itertools.chain([(0, 0, None, 0.0)], training):
             if epoch:
-                start = time.perf_counter()
-                loss = train_epoch(model, adam, train, options.batch_size, use_bf16, f"Epoch {epoch}")
-                seconds = time.perf_counter() - start
                 save_checkpoint(model, directory, epoch)
             accuracy_percent = score(model, scored).accuracy_percent
             log.append(

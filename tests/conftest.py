@@ -1,17 +1,25 @@
 """What the tests share: ways to run the scripts, and one small recorded experiment."""
 
 import contextlib
+import functools
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # more threads, here or in what is started, would be in each other's way
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
+import train_diffusion
 import train_target_model
+from diffusion_model import SpanDiffusion
 from scripting import UserError
-from target_cnn import Dataset, load_mnist, training_data
+from target_cnn import Dataset, load_mnist
 from universal import GraphWeightSynthesizer, load_synthesizer
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -44,14 +52,22 @@ def assert_png(path, width: int, height: int) -> None:
     assert picture[..., :3].std() > 0.05
 
 
+def printed(main, *options, cwd=None) -> str:
+    """Run a script's `main` in this process, in the directory `cwd` and on the CPU: what it prints."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as output:
+        patch.chdir(cwd or Path.cwd())
+        patch.setattr(sys, "argv", [f"{main.__module__}.py", "--device", "cpu", *map(str, options)])
+        main()
+    return output.getvalue()
+
+
 @pytest.fixture
-def refusal(monkeypatch, capsys):
+def refusal(capsys):
     """Run a script's `main` in this process, expect it to refuse, and return the one line that the user would see."""
 
-    def run_main(main, *options) -> str:
-        monkeypatch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, options), "--device", "cpu"])
+    def run_main(main, *options, cwd=None) -> str:
         with pytest.raises((UserError, SystemExit)) as caught:
-            main()
+            printed(main, *options, cwd=cwd)
         if isinstance(caught.value, UserError):
             line = str(caught.value)
         else:
@@ -65,18 +81,19 @@ def refusal(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def experiment(tmp_path_factory) -> Path:
-    """A directory in which two epochs were recorded, of a third of the training images for speed, and the diffusion
-    model was trained on them. Not to be changed."""
+    """A directory in which two epochs of a few training images were recorded, and a narrow diffusion model was trained
+    on them, with what the two scripts printed. Not to be changed."""
     directory = tmp_path_factory.mktemp("experiment")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.chdir(directory)
-        patch.setattr(train_target_model, "training_data", lambda *options: training_data(*options)[:20_000])
-        patch.setattr(sys, "argv", ["train_target_model.py", "--epochs", "2", "--device", "cpu"])
-        train_target_model.main()
-    (directory / "train_target_model.py.out").write_text(printed.getvalue())
-    result = run("train_diffusion.py", "--epochs", 60, cwd=directory)
-    assert result.returncode == 0, result.stderr
-    (directory / "train_diffusion.py.out").write_text(result.stdout)
+    few = load_mnist("train", REPOSITORY / "data")[:3000]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_target_model, "training_data", lambda *_: few)
+        patch.setattr(train_target_model, "scoring_data", lambda *_: few[:1000])
+        patch.setattr(SpanDiffusion, "of_runs", functools.partial(SpanDiffusion.of_runs, hidden=32))
+        for script, options in (
+            (train_target_model, ["--epochs", 2, "--batch-size", 32, "--lr", 0.002]),
+            (train_diffusion, ["--epochs", 60]),
+        ):
+            (directory / f"{script.__name__}.out").write_text(printed(script.main, *options, cwd=directory))
     return directory
 
 

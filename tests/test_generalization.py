@@ -1,13 +1,14 @@
 """The measures of generalisation and the verdict, on cases where the answer is known by construction."""
 
+import json
 import re
-import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run
+from conftest import REPOSITORY, printed
 
 import evaluate_diffusion
+import evaluate_generalization
 from diffusion_model import rollout
 from target_cnn import (
     Dataset,
@@ -19,7 +20,7 @@ from target_cnn import (
     load_weights,
     random_init,
     score_weights,
-    train_epoch,
+    train_with_adam,
 )
 from universal.experiment.generators import load_generator
 from universal.experiment.verdict import (
@@ -57,6 +58,10 @@ def recorded(experiment) -> torch.Tensor:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def named(recorded: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"epoch {epoch}": weights for epoch, weights in enumerate(recorded)}
 
 
 def sets(*members: list[int]) -> list[torch.Tensor]:
@@ -97,8 +102,8 @@ def test_error_overlap_is_intersection_over_union():
 def test_a_permuted_copy_is_found_out(recorded, generator):
     wrong = sets([0], [1, 2], [2, 3])
     copy = permute_neurons(recorded[1], random_orders(generator))
-    found = compare(copy, wrong[1], list(recorded), wrong)
-    assert found.nearest == 1
+    found = compare(copy, wrong[1], named(recorded), wrong)
+    assert found.nearest == "epoch 1"
     assert found.relative_l2 == pytest.approx(0, abs=1e-5) and found.cosine == pytest.approx(1, abs=1e-4)
     assert found.error_overlap == 1
 
@@ -154,12 +159,12 @@ def checkpoint_plus_noise(recorded, data):
 
 def fresh_training(recorded, data):
     """A model that trains a CNN from its input."""
-    images = load_mnist("train", REPOSITORY / "data")[:6000]
+    images = load_mnist("train", REPOSITORY / "data")[:3000]
 
     def train(weights):
         with torch.inference_mode(False), torch.enable_grad():
             model = load_weights(TargetCNN(), weights.clone()).to(memory_format=torch.channels_last)
-            train_epoch(model, torch.optim.Adam(model.parameters(), fused=True), images, 64, False, "")
+            list(train_with_adam(model, images, 1, lr=0.002, batch_size=32, use_bf16=False))
         return flatten_weights(model)
 
     # Nothing can be trained from zeros.
@@ -189,8 +194,7 @@ def test_the_verdict_where_it_is_known(recorded, data, make_model, verdict):
     starts = starting_points(inits, recorded[0], seed=0)
     states = rollout(make_model(recorded, data), torch.stack(list(starts.values())), 1)
     first_scores = score_weights(states[:, 0], data)
-    names = {f"epoch {epoch}": weights for epoch, weights in enumerate(recorded)}
-    record = assess(starts, states, 2, first_scores, names, [], recorded[0], data, seed=0)
+    record = assess(starts, states, 2, first_scores, named(recorded), [], recorded[0], data, seed=0)
     assert record["verdict"]["verdict"] == verdict, record["verdict"]
     record["cost"] = cost({}, 0.1, None, 99.0)
     assert f"Verdict: {verdict} (input dependence" in report(record)
@@ -220,22 +224,24 @@ def test_it_takes_the_diffusion_model_s_place(synthesizer):
     torch.testing.assert_close(states[1, 1], flatten_weights(synthesizer.synthesize(TargetCNN())))
 
 
-def test_evaluate_generalization_finds_new_networks(experiment, tmp_path):
-    result = run(
-        "evaluate_generalization.py", "--model", SYNTHESIZER, "--checkpoints", experiment / "checkpoints_weights_cnn",
-        "--inits", 2, "--steps", 1, "--reference-epochs", 0, "--validation", 4000, cwd=tmp_path,
+def test_evaluate_generalization_finds_new_networks(experiment, tmp_path, monkeypatch, digits):
+    monkeypatch.setattr(evaluate_generalization, "scoring_data", lambda *_: digits[:1000])
+    output = printed(
+        evaluate_generalization.main, "--model", SYNTHESIZER, "--checkpoints", experiment / "checkpoints_weights_cnn",
+        "--inits", 2, "--steps", 1, "--reference-epochs", 0, cwd=tmp_path,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "Verdict: generates new networks" in result.stdout
+    assert "Verdict: generates new networks" in output
+    assert re.search(r"\| generated, step 1 +\| 9\d\.\d\d to 9\d\.\d\d +\| [\d.]+ to [\d.]+ ", output)
+    record = json.loads((tmp_path / "generalization_results.json").read_text())
+    methods = [network["method"] for network in record["networks"]]
+    assert methods.count("generated, step 1") == 2 and "CNN trained from another seed" not in methods
 
 
-def test_evaluate_diffusion_takes_the_synthesiser(tmp_path, monkeypatch, capsys, digits):
+def test_evaluate_diffusion_takes_the_synthesiser(tmp_path, monkeypatch, digits):
     for epoch in (0, 1):
         torch.save(TargetCNN().state_dict(), checkpoint_path(tmp_path, epoch))
-    options = ["--model", SYNTHESIZER, "--checkpoints", tmp_path, "--plot", tmp_path / "plot.png"]
-    options += ["--steps", 1, "--device", "cpu"]
+    options = ["--model", SYNTHESIZER, "--checkpoints", tmp_path, "--plot", tmp_path / "plot.png", "--steps", 1]
     monkeypatch.setattr(evaluate_diffusion, "scoring_data", lambda *_: digits[:500])
-    monkeypatch.setattr(sys, "argv", ["evaluate_diffusion.py", *map(str, options)])
-    evaluate_diffusion.main()
-    assert float(re.search(r"\| 1 +\| ([\d.]+)% +\| [\d.]+% +\|", capsys.readouterr().out)[1]) > 97
+    output = printed(evaluate_diffusion.main, *options)
+    assert float(re.search(r"\| 1 +\| ([\d.]+)% +\| [\d.]+% +\|", output)[1]) > 97
     assert (tmp_path / "plot.png").exists()

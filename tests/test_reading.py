@@ -564,8 +564,27 @@ SPELLINGS = {
     ),
     "frequencies": (lambda n, x: n.rest(torch.fft.fft2(n.maps(x)).real), {}, (3, 0, [])),
     "frequencies apart": (lambda n, x: n.rest(torch.view_as_real(torch.fft.fft2(n.maps(x)))[..., 0]), {}, (3, 0, [])),
+    "norm of channels by hand": (
+        lambda n, x: n.rest(n.g[:, None, None] * normalised(n.maps(x)) + n.b[:, None, None]),
+        {"g": (4,), "b": (4,)}, (3, 2, []),
+    ),
+    "gain of mixed tokens": (
+        lambda n, x: n.out((n.g * (x[:, 0] + F.linear(x[:, 0].mT, n.w).mT)).mean(1)[:, :8]),
+        {"g": (28,), "w": (28, 28)}, (2, 1, []),
+    ),
+    "softmax by hand": (lambda n, x: log_softmax(n.rest(n.maps(x))), {}, (3, 0, [])),
     "put into place": (lambda n, x: n.rest(assembled(n.maps(x))), {}, (3, 0, [])),
 }  # fmt: skip
+
+
+def normalised(maps):
+    """The maps, standardised over the channels."""
+    centred = maps - maps.mean(1, keepdim=True)
+    return centred / torch.sqrt(centred.square().mean(1, keepdim=True) + 1e-6)
+
+
+def log_softmax(logits):
+    return logits - logits.exp().sum(-1).log().unsqueeze(-1)
 
 
 def assembled(maps):

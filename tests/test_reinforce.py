@@ -3,30 +3,30 @@
 import copy
 import os
 import random
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.run  # what torchrun runs
 import torch.nn.functional as F
-from conftest import REPOSITORY, assert_png
+from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
-from scripting import save_training
-from target_cnn import load_mnist
+import scripting
+from target_cnn import scoring_data, training_data
 from universal import load_synthesizer
 from universal.evaluation.networks import mlp
 from universal.model.synthesizer import save_synthesizer
 from universal.model.tuning import SLOPES, SPREAD
 from universal.reading.graph import ComputationGraph, Logits
-from universal.reinforce import compare, evaluate, reinforcement
-from universal.reinforce import trials as reinforce_trials
+from universal.reinforce import candidates, evaluate, reinforcement
 from universal.reinforce.__main__ import main
+from universal.reinforce.candidates import draw_trials, try_candidate, with_tuning, written
 from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
-from universal.reinforce.search import CovarianceSearch, WeightSearch, ranks
-from universal.reinforce.trials import draw_trials, try_candidate, with_tuning, written
+from universal.reinforce.search import CovarianceSearch, ranks
 from universal.training.architectures import parameter_shapes
 
 NET = """
@@ -75,23 +75,30 @@ def noise(network):
 """
 
 
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory) -> Path:
+    """A small untrained synthesiser to search from."""
+    path = tmp_path_factory.mktemp("synthesizer") / "small.pth"
+    save_synthesizer(small_synthesizer(0), path)
+    return path
+
+
 @pytest.fixture
-def users(tmp_path, monkeypatch) -> Path:
-    """A directory with a user's network and rewards, in which the command runs."""
+def users(tmp_path, monkeypatch, digits, small_file) -> Path:
+    """A directory with a user's network, rewards and synthesiser, in which the command runs, on few images."""
+    shutil.copy(small_file, tmp_path / "small.pth")
     (tmp_path / "small_net.py").write_text(NET)
     (tmp_path / "my_reward.py").write_text(REWARDS_OF_A_USER)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reinforcement, "training_data", lambda *_: digits[200:])
+    monkeypatch.setattr(reinforcement, "scoring_data", lambda *_: digits[:200])
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return load_mnist("test", REPOSITORY / "data")[:500]
-
-
 @pytest.fixture
-def synthesizer():
-    return with_tuning(load_synthesizer()).eval()
+def tunable(synthesizer):
+    """The committed synthesiser, with the numbers that a search sets. To be changed."""
+    return with_tuning(synthesizer).eval()
 
 
 # ---- roundings -------------------------------------------------------------------------------------------------------
@@ -137,18 +144,18 @@ def test_only_matrices_are_rounded():
 # ---- the numbers that are searched -----------------------------------------------------------------------------------
 
 
-def test_without_offsets_nothing_changes(synthesizer):
+def test_without_offsets_nothing_changes(synthesizer, tunable):
     torch.manual_seed(0)
     for network in (nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4056, 10)), mlp([9])):
-        expected = copy.deepcopy(load_synthesizer().synthesize(network, 1).state_dict())
-        for name, tensor in synthesizer.synthesize(network, 1).state_dict().items():
+        expected = copy.deepcopy(synthesizer.synthesize(network, 1).state_dict())
+        for name, tensor in tunable.synthesize(network, 1).state_dict().items():
             assert torch.allclose(tensor, expected[name], rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("flat", [0, 3])
-def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(synthesizer, flat):
+def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(tunable, flat):
     layer = ComputationGraph(mlp([4])).layers[0]
-    tuning = with_tuning(synthesizer).tuning
+    tuning = tunable.tuning
     weight, inputs = torch.linspace(-3, 3, 4 * 784).view(4, 784), torch.randn(5, 784)
     with torch.no_grad():
         assert torch.allclose(tuning.spread(layer, weight, inputs), weight, rtol=1e-4)
@@ -161,18 +168,18 @@ def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(synth
     assert 0.005 < steps.min() / steps.max() < 0.01  # e ** -5
 
 
-def test_a_compander_can_bring_every_layer_near_three_values(synthesizer):
+def test_a_compander_can_bring_every_layer_near_three_values(tunable):
     network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.ReLU(), nn.Flatten(),
                             nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
 
     def errors():
-        weights = [parameter for parameter in synthesizer.synthesize(network, 1).parameters() if parameter.dim() > 1]
+        weights = [parameter for parameter in tunable.synthesize(network, 1).parameters() if parameter.dim() > 1]
         return [((ROUNDINGS["ternary"](weight) - weight).norm() / weight.norm()).item() for weight in weights]
 
     before = errors()
     with torch.no_grad():
-        synthesizer.tuning.offsets[-len(SLOPES) :, 0] = -5.0
-        synthesizer.tuning.offsets[synthesizer.tuning.names.index("slope_from_0.5"), 0] = 2.0
+        tunable.tuning.offsets[-len(SLOPES) :, 0] = -5.0
+        tunable.tuning.offsets[tunable.tuning.names.index("slope_from_0.5"), 0] = 2.0
     after = errors()
     assert max(after) < 0.25
     assert all(error < 0.7 * old for error, old in zip(after, before, strict=True))
@@ -183,15 +190,15 @@ def sizes_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(synthesizer, groups):
+def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(tunable, groups):
     network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, groups=groups), nn.ReLU(),
                             nn.Flatten(), nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
     spreads = []
     for evenness in (-1.0, 0.0, 1.0):
         with torch.no_grad():
-            synthesizer.tuning.offsets[synthesizer.tuning.names.index("evenness"), 0] = evenness
+            tunable.tuning.offsets[tunable.tuning.names.index("evenness"), 0] = evenness
         sizes = [
-            sizes_of(parameter) for parameter in synthesizer.synthesize(network, 1).parameters() if parameter.dim() > 1
+            sizes_of(parameter) for parameter in tunable.synthesize(network, 1).parameters() if parameter.dim() > 1
         ]
         spreads.append([(size.std() / size.mean()).item() for size in sizes[:-1]])
     further, before, equal = spreads
@@ -199,26 +206,26 @@ def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(synthesizer, 
     assert all(far > 1.5 * near for far, near in zip(further, before, strict=True))
 
 
-def test_a_neuron_that_is_made_larger_keeps_its_mean_in_deviations(synthesizer):
+def test_a_neuron_that_is_made_larger_keeps_its_mean_in_deviations(tunable):
     network = nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.ReLU(), nn.Linear(30, 10))
 
     def means():
         with torch.no_grad():
-            responses = synthesizer.synthesize(network, 1)[:2](synthesizer.task.probes)
+            responses = tunable.synthesize(network, 1)[:2](tunable.task.probes)
         return responses.mean(0) / responses.std(0)
 
     before = means()
     with torch.no_grad():
-        synthesizer.tuning.offsets[synthesizer.tuning.names.index("evenness"), 0] = 2.0
+        tunable.tuning.offsets[tunable.tuning.names.index("evenness"), 0] = 2.0
     torch.testing.assert_close(means(), before, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_relevance_gives_large_inputs_large_weights(synthesizer, groups):
+def test_relevance_gives_large_inputs_large_weights(tunable, groups):
     graph = ComputationGraph(
         nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3, groups=groups), nn.Flatten(), nn.Linear(4608, 10))
     )
-    layer, tuning = graph.layers[1], synthesizer.tuning
+    layer, tuning = graph.layers[1], tunable.tuning
     inputs = torch.randn(50, 6, 9, 9) * torch.arange(1, 7).view(6, 1, 1)
     weight = torch.ones(8, 6 // groups, 3, 3)
     with torch.no_grad():
@@ -230,13 +237,12 @@ def test_relevance_gives_large_inputs_large_weights(synthesizer, groups):
         torch.testing.assert_close(sizes_of(spread[neuron]), read / 3.5, rtol=0.1, atol=0.01)
 
 
-def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
-    tuned = with_tuning(synthesizer)
+def test_an_offset_is_for_its_kind_of_layer_alone(tunable):
     graph = ComputationGraph(mlp([9, 8]))
-    before = copy.deepcopy(tuned.synthesize(graph.module, 1).state_dict())
+    before = copy.deepcopy(tunable.synthesize(graph.module, 1).state_dict())
     with torch.no_grad():
-        tuned.tuning.offsets[tuned.tuning.names.index("slope_from_1.0"), 3] = 2.0
-    after = tuned.synthesize(graph.module, 1).state_dict()
+        tunable.tuning.offsets[tunable.tuning.names.index("slope_from_1.0"), 3] = 2.0
+    after = tunable.synthesize(graph.module, 1).state_dict()
     ratio = {name: (after[name] / before[name]).flatten() for name in before}
     assert ratio["1.weight"].std() < 1e-3 < ratio[graph.last.weight.name].std()  # other layers are only rescaled
 
@@ -245,13 +251,13 @@ def test_an_offset_is_for_its_kind_of_layer_alone(synthesizer):
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_every_reward_is_a_number_of_a_small_network(synthesizer, digits, name):
+def test_every_reward_is_a_number_of_a_small_network(tunable, digits, name):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=2, images=200)
-    offsets = torch.zeros_like(synthesizer.tuning.offsets)
-    good = try_candidate(synthesizer, offsets, trials, REWARDS[name])
-    assert len(good) == 2 and good == try_candidate(synthesizer, offsets, trials, REWARDS[name])
+    offsets = torch.zeros_like(tunable.tuning.offsets)
+    good = try_candidate(tunable, offsets, trials, REWARDS[name])
+    assert len(good) == 2 and good == try_candidate(tunable, offsets, trials, REWARDS[name])
     noise = 2 * torch.randn(offsets.shape, generator=torch.Generator().manual_seed(0))
-    assert sum(good) > sum(try_candidate(synthesizer, noise, trials, REWARDS[name]))
+    assert sum(good) > sum(try_candidate(tunable, noise, trials, REWARDS[name]))
 
 
 def test_a_rounding_is_rewarded_for_the_network_as_it_is_and_rounded(digits):
@@ -262,12 +268,12 @@ def test_a_rounding_is_rewarded_for_the_network_as_it_is_and_rounded(digits):
     assert REWARDS["binary"].of(Logits(ComputationGraph(network)), digits) == pytest.approx(expected, rel=1e-3)
 
 
-def test_networks_that_break_are_worth_nothing_and_never_rewarded(synthesizer, digits):
+def test_networks_that_break_are_worth_nothing_and_never_rewarded(tunable, digits):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=1, images=20)
-    offsets = torch.zeros_like(synthesizer.tuning.offsets)
-    offsets[synthesizer.tuning.names.index("logit_scale")] = 1e3  # whose exponential is infinite
+    offsets = torch.zeros_like(tunable.tuning.offsets)
+    offsets[tunable.tuning.names.index("slope_from_0.0")] = 1e3  # whose exponential is infinite
     never = Reward(lambda network, images: pytest.fail("rewarded"))
-    assert try_candidate(synthesizer, offsets, trials, never) == [-float("inf")]
+    assert try_candidate(tunable, offsets, trials, never) == [-float("inf")]
 
 
 def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monkeypatch):
@@ -277,11 +283,11 @@ def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monke
 
     first, *others = shapes()
     assert first not in others
-    monkeypatch.setattr(reinforce_trials, "EVALUATED_SHAPES", [first])
+    monkeypatch.setattr(candidates, "EVALUATED_SHAPES", [first])
     assert first not in shapes()
 
 
-def test_a_reward_cannot_spoil_what_is_left_at_its_init(synthesizer):
+def test_a_reward_cannot_spoil_what_is_left_at_its_init(tunable):
     class Slope(nn.Module):
         def __init__(self):
             super().__init__()
@@ -291,7 +297,7 @@ def test_a_reward_cannot_spoil_what_is_left_at_its_init(synthesizer):
             return self.out(self.act(self.fc(images.flatten(1))))
 
     graph = ComputationGraph(Slope())
-    network = written(synthesizer, graph, seed=0)
+    network = written(tunable, graph, seed=0)
     with torch.no_grad():
         network.module.act.weight.zero_()
     assert (graph.module.act.weight == 0.25).all()
@@ -300,18 +306,9 @@ def test_a_reward_cannot_spoil_what_is_left_at_its_init(synthesizer):
 # ---- searches --------------------------------------------------------------------------------------------------------
 
 
-def searches(dimension: int):
-    """One of each kind."""
+def test_the_search_finds_a_known_best():
     pytest.importorskip("cmaes")
-    return [
-        CovarianceSearch(dimension, candidates=12, deviation=0.5, seed=0),
-        WeightSearch(torch.zeros(dimension), torch.ones(dimension) / 10, candidates=40, lr=0.5, seed=0),
-    ]
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_searches_find_a_known_best(which):
-    search, best = searches(6)[which], torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
+    search, best = CovarianceSearch(6, 12, deviation=0.5, seed=0), torch.tensor([1.0, -1.0, 0.5, 0.0, 2.0, -0.5])
     for _ in range(150):
         search.tell(-(search.ask() - best).square().sum(1)[:, None].double())
     assert (search.mean - best).norm() < 0.3
@@ -329,8 +326,9 @@ def test_ranks_are_shared_by_equals_and_blind_to_scale():
 
 def options_of(users: Path, name: str, reward: str = "my_reward.py:alike") -> list[str]:
     return [
-        "--reward", reward, "--model", "small_net.py:Net", "--evaluations", "24", "--candidates", "4",
-        "--networks", "1", "--images", "50", "--validation", "200", "--report-every", "2",
+        "--reward", reward, "--synthesizer", "small.pth", "--model", "small_net.py:Net",
+        "--evaluations", "24", "--candidates", "4", "--networks", "1", "--images", "50",
+        "--validation", "200", "--report-every", "2",
         "--out", str(users / f"{name}.pth"), "--checkpoint", str(users / f"{name}.state.pth"),
     ]  # fmt: skip
 
@@ -352,16 +350,16 @@ def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, mon
     assert rewards[0] < rewards[2]
     assert printed.startswith("Evaluation 8/24: ")
 
-    save = reinforcement.Reinforcement.save
+    save = scripting.save_training
 
-    def killed(self):
-        save(self)
+    def killed(training):
+        save(training)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reinforcement.Reinforcement, "save", killed)
+    monkeypatch.setattr(scripting, "save_training", killed)
     with pytest.raises(KeyboardInterrupt):
         command(monkeypatch, *options_of(users, "killed"))
-    monkeypatch.setattr(reinforcement.Reinforcement, "save", save)
+    monkeypatch.setattr(scripting, "save_training", save)
     assert not (users / "killed.pth").exists()
     command(monkeypatch, *options_of(users, "killed"))
     assert "Going on from generation 2" in capsys.readouterr().out
@@ -390,18 +388,31 @@ def test_candidates_of_a_generation_share_their_randomness_and_no_two_generation
 
 def test_two_processes_find_what_one_finds(users, monkeypatch):
     pytest.importorskip("cmaes")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "universal.reinforce")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    both = subprocess.run(
-        [sys.executable, *launcher, *options_of(users, "both", "ternary"), "--device", "cpu"],
-        capture_output=True, text=True, env=environment, timeout=170,
-    )  # fmt: skip
-    assert both.returncode == 0, both.stderr
-    assert both.stdout.count("Evaluation 24/24") == 1  # one process reports
+    options = [*options_of(users, "both", "ternary"), "--evaluations", "8"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {  # as torchrun sets it
+        "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "universal.reinforce", *options, "--device", "cpu"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    printed = [process.communicate(timeout=170) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert "Evaluation 8/8" in printed[0][0] and not printed[1][0]  # one process reports
+    monkeypatch.setattr(reinforcement, "training_data", training_data)  # as the two have them
+    monkeypatch.setattr(reinforcement, "scoring_data", scoring_data)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the two have
+    torch.set_num_threads(1)
     try:
-        command(monkeypatch, *options_of(users, "alone", "ternary"))
+        command(monkeypatch, *options_of(users, "alone", "ternary"), "--evaluations", "8")
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(offsets_in(users / "both.pth"), offsets_in(users / "alone.pth"))
@@ -434,8 +445,6 @@ def test_fewer_evaluations_than_a_generation_takes_get_one_line(users, refusal):
     pytest.importorskip("cmaes")
     line = refusal(main, *options_of(users, "none"), "--evaluations", 3)
     assert line == "--evaluations 3: --candidates times --networks, 4, are needed"
-    line = refusal(compare.main, "--reward", "ternary", "--evaluations", 1)
-    assert line == "--evaluations 1: --candidates times --networks, 40, are needed"
 
 
 def test_an_infinite_reward_is_only_a_bad_one(users, monkeypatch):
@@ -448,7 +457,7 @@ def test_a_state_that_is_broken_or_of_other_options_is_not_taken(users, refusal)
     pytest.importorskip("cmaes")
     (users / "x.state.pth").write_bytes(b"not a state")
     assert "x.state.pth: is damaged" in refusal(main, *options_of(users, "x"))
-    save_training(users / "x.state.pth", {"seed": "1"}, 0, 0.0, {})
+    torch.save({"settings": {"seed": "1"}}, users / "x.state.pth")
     assert "x.state.pth: is of a training with other options" in refusal(main, *options_of(users, "x"))
 
 
@@ -457,31 +466,13 @@ def test_a_missing_package_is_named(users, refusal, monkeypatch):
     assert refusal(main, *options_of(users, "x")) == "needs the package cmaes: pip install cmaes"
 
 
-def test_the_comparison_measures_every_method(users, monkeypatch, capsys):
-    pytest.importorskip("cmaes")
-    monkeypatch.setattr(compare, "CURVE_IMAGES", 200)
-    monkeypatch.setattr(compare, "CURVE_INITS", 1)
-    monkeypatch.setattr(compare, "CURVE_POINTS", 1)
-    options = ["--reward", "ternary", "--evaluations", "4", "--candidates", "4", "--images", "20", "--inits", "1"]
-    options += ["--networks", "1", "--validation", "200", "--plot", "a.png", "--results", "a.json"]
-    monkeypatch.setattr(sys, "argv", ["compare", *options, "--device", "cpu"])
-    compare.main()
-    printed = capsys.readouterr().out
-    for method in compare.METHODS:
-        assert f"| {method}" in printed
-    assert_png(users / "a.png", 1800, 720)
-
-
-def test_the_comparison_refuses_what_is_no_rounding(refusal):
-    assert "--reward accuracy: give one of ternary" in refusal(compare.main, "--reward", "accuracy")
-
-
-def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, synthesizer):
+def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, tunable, digits):
     with torch.no_grad():
-        synthesizer.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
-    save_synthesizer(synthesizer, users / "after.pth")
+        tunable.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
+    save_synthesizer(tunable, users / "after.pth")
     monkeypatch.setattr(evaluate, "NETWORKS", ("TargetCNN", "half width"))
-    options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1", "--validation", "200"]
+    monkeypatch.setattr(evaluate, "scoring_data", lambda *_: digits[:200])
+    options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *options, "--device", "cpu"])
     evaluate.main()
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in capsys.readouterr().out.splitlines()}

@@ -1,7 +1,9 @@
 """The four scripts as a user runs them: what they print and save, and how they refuse bad input."""
 
+import contextlib
 import importlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -12,24 +14,22 @@ import sys
 import benchmark
 import pytest
 import torch
-from conftest import REPOSITORY, assert_png, run
+from conftest import REPOSITORY, assert_png, printed, run
 
 import evaluate_diffusion
 import evaluate_generalization
 import train_diffusion
 import train_target_model
 from diffusion_model import SpanDiffusion, save_diffusion
-from scripting import UserError, run_script
+from scripting import UserError, option_parser, run_script, table
 from target_cnn import (
     Dataset,
     TargetCNN,
     checkpoint_path,
-    fast_bf16,
-    load_checkpoint,
     load_log,
     load_mnist,
     load_run,
-    train_epoch,
+    train_with_adam,
 )
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
@@ -45,13 +45,6 @@ COMMANDS = [  # the module names of all files that can be run; pytest imports fr
 ]
 
 
-def assert_refused(result: subprocess.CompletedProcess, words: str) -> None:
-    """Assert exit code 2 and exactly one line on standard error, which holds `words`."""
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert words in result.stderr
-
-
 @pytest.fixture
 def checkpoints(tmp_path, experiment):
     """A copy of the recorded checkpoints that a test may damage."""
@@ -62,32 +55,30 @@ def checkpoints(tmp_path, experiment):
 
 
 def test_training_records_every_epoch(experiment):
-    printed = (experiment / "train_target_model.py.out").read_text().splitlines()
-    assert (
-        len([line for line in printed if re.match(r"Epoch  \d: Training Loss = .*Test Accuracy = .*Time = ", line)])
-        == 3
-    )
+    lines = (experiment / "train_target_model.out").read_text().splitlines()
+    epochs = [line for line in lines if re.match(r"Epoch  \d: Training Loss = .*Test Accuracy = .*Time = ", line)]
     weights = load_run(experiment / "checkpoints_weights_cnn")
-    assert weights.shape == (3, 421_642)
+    assert len(epochs) == len(weights) == 3 and weights.shape[1] == 421_642
     torch.manual_seed(0)
     fresh = torch.nn.utils.parameters_to_vector(TargetCNN().parameters())
     assert torch.equal(weights[0], fresh.detach())  # epoch 0 is the initialisation itself
-    accuracies = [float(number) for number in re.findall(r"Accuracy =\s+([\d.]+)%", "\n".join(printed))]
-    assert accuracies[0] < 30 and min(accuracies[1:]) > 95
+    accuracies = [float(number) for number in re.findall(r"Accuracy =\s+([\d.]+)%", "\n".join(epochs))]
+    assert accuracies[0] < 30 and min(accuracies[1:]) > 90
 
 
 def test_the_diffusion_loss_falls(experiment):
-    printed = (experiment / "train_diffusion.py.out").read_text()
-    losses = [float(number) for number in re.findall(r"Loss = ([\d.]+)", printed)]
+    lines = (experiment / "train_diffusion.out").read_text()
+    losses = [float(number) for number in re.findall(r"Loss = ([\d.]+)", lines)]
     assert len(losses) >= 10
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_generalization_prints_the_documents_lines(experiment, tmp_path):
+def test_generalization_prints_the_documents_lines(experiment, tmp_path, monkeypatch, digits):
+    monkeypatch.setattr(evaluate_generalization, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(evaluate_generalization, "training_data", lambda *_: digits[500:])
     outputs = ["--plot", tmp_path / "plot.png", "--results", tmp_path / "results.json"]
-    options = ["--steps", 3, "--inits", 2, "--reference-epochs", 0, "--validation", 3000]
-    result = run("evaluate_generalization.py", *outputs, *options, cwd=experiment)
-    assert result.returncode == 0, result.stderr
+    options = ["--steps", 3, "--inits", 2, "--reference-epochs", 2]
+    output = printed(evaluate_generalization.main, *outputs, *options, cwd=experiment)
     expected = [
         r"Starting evaluation of diffusion-generated checkpoints\.\.\.",
         r"Using device: cpu",
@@ -109,6 +100,10 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
         r"Over 2 unseen inits:",
         r"Does the output depend on the input\?",
         r"Is it a copy\?",
+        *(
+            rf"\| generated, step {step} +\| [\d.]+ +\| 0\.\d+ +\| 0\.\d+ +\| 0\.\d+ +\| \S+_[12]\.pth +\|"
+            for step in (1, 3)  # one row for both inits, which end in the same network
+        ),
         r"Verdict: recalls the recorded run \(input dependence 0\.0\d\d; closeness .*, cosine 0\.\d{3}\)",
         r"Generating a network takes [\d.]+ s\.",
         r"The generator took [\d.]+ s for its data and [\d.]+ s for its training\.",
@@ -118,12 +113,12 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
         rf"Plot saved to {tmp_path}/plot\.png",
         r"Evaluation finished\.",
     ]
-    lines = result.stdout.splitlines()
+    lines = output.splitlines()
     positions = [next((i for i, line in enumerate(lines) if re.fullmatch(form, line)), form) for form in expected]
     assert positions == sorted(positions, key=lambda position: (isinstance(position, str), position))
     assert not [form for form in positions if isinstance(form, str)]
-    accuracies = [float(number) for number in re.findall(r"Generated Step .*Accuracy = ([\d.]+)%", result.stdout)]
-    assert min(accuracies) > 95
+    accuracies = [float(number) for number in re.findall(r"Generated Step .*Accuracy = ([\d.]+)%", output)]
+    assert min(accuracies) > 90
     assert_png(tmp_path / "plot.png", 2700, 1080)
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["verdict"]["verdict"] == "recalls the recorded run"
@@ -131,19 +126,17 @@ def test_generalization_prints_the_documents_lines(experiment, tmp_path):
     assert len(record["input_dependence"]) == 6
     methods = [network["method"] for network in record["networks"]]
     assert methods.count("generated, step 1") == methods.count("generated, step 3") == 2
-    assert "CNN trained from another seed" not in methods
+    assert methods[-1] == "CNN trained from another seed"
+    assert record["networks"][-1]["accuracy_percent"] > 50
 
 
-def test_comparison_with_the_recorded_run(experiment, tmp_path):
-    options = ["--plot", tmp_path / "plot.png", "--steps", 3, "--validation", 1000]
-    result = run("evaluate_diffusion.py", *options, cwd=experiment)
-    assert result.returncode == 0, result.stderr
-    assert re.search(
-        r"\| Step / Epoch \| Diffusion Model Accuracy \(%\) \| Original CNN Accuracy \(%\) \|", result.stdout
-    )
-    start = re.search(r"\| 0 \(Initial\)  \| ([\d.]+%) +\| ([\d.]+%) +\|", result.stdout)
+def test_comparison_with_the_recorded_run(experiment, tmp_path, monkeypatch, digits):
+    monkeypatch.setattr(evaluate_diffusion, "scoring_data", lambda *_: digits[:500])
+    output = printed(evaluate_diffusion.main, "--plot", tmp_path / "plot.png", "--steps", 3, cwd=experiment)
+    assert re.search(r"\| Step / Epoch \| Diffusion Model Accuracy \(%\) \| Original CNN Accuracy \(%\) \|", output)
+    start = re.search(r"\| 0 \(Initial\)  \| ([\d.]+%) +\| ([\d.]+%) +\|", output)
     assert start[1] == start[2]  # generated from the recorded epoch 0
-    assert len(re.findall(r"\| 3 +\| [\d.]+%? +\| - +\|", result.stdout)) == 2  # three steps, but two epochs
+    assert len(re.findall(r"\| 3 +\| [\d.]+%? +\| - +\|", output)) == 2  # three steps, but two epochs
     assert_png(tmp_path / "plot.png", 1800, 720)
 
 
@@ -153,8 +146,7 @@ def test_the_same_seed_trains_the_same_weights():
     def train(seed):
         torch.manual_seed(seed)
         model = TargetCNN().to(memory_format=torch.channels_last)
-        adam = torch.optim.Adam(model.parameters(), fused=True)
-        train_epoch(model, adam, data, 100, fast_bf16(torch.device("cpu")), "")
+        list(train_with_adam(model, data, 1, batch_size=100))
         return torch.cat([parameter.reshape(-1) for parameter in model.parameters()])
 
     first = train(1)
@@ -163,12 +155,13 @@ def test_the_same_seed_trains_the_same_weights():
 
 
 def test_the_same_seed_trains_the_same_diffusion_model(experiment, tmp_path):
-    options = ["--epochs", 60, "--checkpoints", experiment / "checkpoints_weights_cnn"]
-    for seed, same in ((0, True), (1, False)):
-        assert run("train_diffusion.py", *options, "--seed", seed, cwd=tmp_path).returncode == 0
-        files = [torch.load(directory / "diffusion_optimizer.pth") for directory in (experiment, tmp_path)]
-        first, second = (file["state_dict"] for file in files)
-        assert all(torch.equal(first[name], second[name]) for name in first) == same
+    states = []
+    for seed in (1, 1, 2):
+        printed(train_diffusion.main, "--epochs", 5, "--seed", seed, "--out", tmp_path / "model.pth", cwd=experiment)
+        states.append(torch.load(tmp_path / "model.pth")["state_dict"])
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("epochs", [1, 40])
@@ -177,9 +170,7 @@ def test_checkpoints_of_other_programs_and_lengths_work(tmp_path, epochs):
     directory.mkdir()
     for epoch in range(epochs + 1):
         torch.save(TargetCNN().state_dict(), checkpoint_path(directory, epoch))
-    result = run("train_diffusion.py", "--epochs", 2, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert f"from {epochs} pairs" in result.stdout
+    assert f"from {epochs} pairs" in printed(train_diffusion.main, "--epochs", 2, cwd=tmp_path)
 
 
 @pytest.fixture
@@ -191,8 +182,7 @@ def record(monkeypatch):
         train = Dataset(few.images[:500] * scale, few.labels[:500])
         monkeypatch.setattr(train_target_model, "training_data", lambda *_: train)
         monkeypatch.setattr(train_target_model, "scoring_data", lambda *_: few[500:])
-        monkeypatch.setattr(sys, "argv", ["train_target_model.py", *map(str, options), "--device", "cpu"])
-        train_target_model.main()
+        printed(train_target_model.main, *options)
 
     return run_main
 
@@ -202,8 +192,7 @@ def test_several_runs_are_recorded_and_learnt(tmp_path, record):
     record("--runs", 2, "--epochs", 1, "--checkpoints", directory)
     runs = [load_run(directory / name) for name in ("run_0001", "run_0002")]
     assert not torch.equal(runs[0][0], runs[1][0])
-    result = run("train_diffusion.py", "--epochs", 2, cwd=tmp_path)
-    assert "from 2 pairs" in result.stdout
+    assert "from 2 pairs" in printed(train_diffusion.main, "--epochs", 2, cwd=tmp_path)
 
 
 def test_one_of_several_runs_is_the_single_run_of_its_seed(tmp_path, record):
@@ -266,6 +255,31 @@ def test_errors_name_what_the_user_runs(path, name, monkeypatch, capsys):
     assert capsys.readouterr().err == f"{name}: error: reason\n"
 
 
+def print_and_fail():
+    print("a line")
+    raise UserError("reason")
+
+
+@pytest.mark.parametrize("main", [lambda: print("a line"), lambda: option_parser("", 0).parse_args(), print_and_fail])
+def test_output_that_nobody_reads_ends_a_script_without_a_word(main, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["script.py", "--help"])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as caught:
+            run_script(main)
+    assert caught.value.code == 141
+    assert capsys.readouterr().err in ("", "script.py: error: reason\n")
+
+
+def test_tables_hold_whatever_is_in_their_cells():
+    lines = table(["Name", "a|b"], [["x", "1"], ["y|z", "2"]]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [len(re.split(r"(?<!\\)\|", line)) for line in lines] == [4] * 4 and r"| y\|z |" in lines[3]
+
+
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -276,9 +290,13 @@ def test_missing_and_empty_checkpoints_name_the_script_to_run(script, tmp_path, 
         assert str(directory) in line and "run train_target_model.py first" in line
 
 
-def test_errors_are_one_line_and_exit_code_2(tmp_path):
-    assert_refused(run("train_diffusion.py", cwd=tmp_path), "run train_target_model.py first")
-    assert_refused(run("train_target_model.py", "--epochs", "0", cwd=tmp_path), "--epochs: '0' is not a whole number")
+def test_a_script_ends_with_its_exit_code_and_what_it_printed(checkpoints, tmp_path):
+    result = run("train_diffusion.py", "--epochs", 2, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("Diffusion model saved to diffusion_optimizer.pth\n")
+    result = run("train_diffusion.py", "--checkpoints", "none", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == ("train_diffusion.py: error: none: no such directory: run train_target_model.py first\n")
 
 
 def test_errors_are_one_line_even_if_what_they_name_has_several(tmp_path, refusal):
@@ -324,11 +342,6 @@ def test_a_recorded_init_is_not_unseen(checkpoints, refusal):
     assert "weights_epoch_0.pth" in line and "choose another --seed" in line
 
 
-def test_no_reference_run_is_named(checkpoints, tmp_path, refusal):
-    line = refusal(evaluate_generalization.main, "--checkpoints", checkpoints, "--reference", tmp_path / "none")
-    assert f"{tmp_path}/none: no such directory" in line
-
-
 def test_a_damaged_training_log_is_named(checkpoints, refusal):
     (checkpoints / "training_log.json").write_text('{"epochs": [{"epoch": 0}]}')
     for script in (train_diffusion, evaluate_generalization):
@@ -366,10 +379,8 @@ def test_bad_options_are_refused_before_any_work(script, options, refusal):
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
-def test_unknown_devices_are_refused(device):
-    command = [sys.executable, "-c", "import sys, train_diffusion; train_diffusion.parse_options()", "--device", device]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
-    assert_refused(result, "is not a device of this machine")
+def test_unknown_devices_are_refused(device, refusal):
+    assert f"{device!r} is not a device of this machine" in refusal(train_diffusion.main, "--device", device)
 
 
 def test_training_that_diverges_saves_nothing_broken(checkpoints, tmp_path, refusal):
@@ -378,19 +389,23 @@ def test_training_that_diverges_saves_nothing_broken(checkpoints, tmp_path, refu
     assert not (tmp_path / "model.pth").exists()
 
 
-def limit_files_to_a_megabyte():
-    """Make larger files fail half-way, as on a full disk."""
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+@pytest.fixture
+def files_of_a_megabyte():
+    """Larger files fail half-way, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_keeps_the_earlier_files(checkpoints, tmp_path):
+def test_a_full_disk_keeps_the_earlier_files(checkpoints, tmp_path, refusal, record, files_of_a_megabyte):
     model = tmp_path / "diffusion_optimizer.pth"
     model.write_text("earlier")
     weights = load_run(checkpoints)
-    for script, named in (("train_diffusion.py", model.name), ("train_target_model.py", "weights_epoch_0.pth")):
-        result = run(script, cwd=tmp_path, preexec_fn=limit_files_to_a_megabyte)
-        assert_refused(result, f"{named}: cannot be written (File too large): free some space")
+    line = "cannot be written (File too large): free some space"
+    assert f"{model.name}: {line}" in refusal(train_diffusion.main, cwd=tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"weights_epoch_0.pth: {line}")):
+        record("--checkpoints", checkpoints)
     assert model.read_text() == "earlier"
     assert torch.equal(load_run(checkpoints), weights)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoints.name, model.name]
@@ -401,16 +416,24 @@ def test_other_recorded_runs_are_not_mixed_with(tmp_path, checkpoints, refusal):
 
 
 def test_ctrl_c_leaves_only_complete_files(tmp_path):
-    command = [sys.executable, REPOSITORY / "train_target_model.py", "--device", "cpu"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    script = """
+import train_target_model as script
+
+scoring_data = script.scoring_data
+script.training_data = script.scoring_data = lambda *options: scoring_data(*options)[:500]
+script.run_script(script.main)
+"""
+    options = ["--epochs", "1000", "--device", "cpu", "--checkpoints", tmp_path]
+    command = [sys.executable, "-c", script, *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=REPOSITORY, **pipes) as process:
         for line in process.stdout:
-            if line.startswith("Epoch  0"):
+            if line.startswith("Epoch  1"):
                 process.send_signal(signal.SIGINT)
                 break
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert errors.splitlines() == ["interrupted"]
-    saved = sorted((tmp_path / "checkpoints_weights_cnn").iterdir())
-    assert [path.name for path in saved] == ["training_log.json", "weights_epoch_0.pth"]
-    assert load_checkpoint(saved[1]).isfinite().all()
-    assert len(load_log(saved[0].parent)) == 1
+    epochs = len(load_run(tmp_path))
+    assert epochs >= 2 and len(load_log(tmp_path)) in (epochs, epochs - 1)  # the log is written after the weights
+    assert len(list(tmp_path.iterdir())) == epochs + 1

@@ -1,6 +1,8 @@
 """The signatures of trained weights: statistics, files, the scorer, the denoiser, and the commands."""
 
+import argparse
 import json
+import os
 import random
 import sys
 import zipfile
@@ -9,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, assert_png
+from conftest import assert_png
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from scripting import UserError
-from target_cnn import TargetCNN, checkpoint_path, load_mnist
+from target_cnn import TargetCNN
 from universal.signatures import __main__ as signatures
 from universal.signatures import (
     corpus,
@@ -91,7 +94,7 @@ def beyond(matrix: torch.Tensor, null: str) -> torch.Tensor:
     return torch.tensor([found[f"{name}_beyond_{null}"] for name in COMPARED])
 
 
-@pytest.mark.parametrize("shape", [(60, 90), (300, 700)])
+@pytest.mark.parametrize("shape", [(60, 90), (280, 300)])
 def test_only_where_entries_stand_in_an_order_do_statistics_lie_beyond_chance(shape):
     torch.manual_seed(0)
     noise = torch.randn(shape)
@@ -175,19 +178,22 @@ def save_quantised_onnx(path: Path, external: bool = False) -> None:
     onnx = pytest.importorskip("onnx")
     weight = np.arange(-12, 12, dtype=np.int8).reshape(4, 6)
     arrays = {
-        "w": weight, "scale": np.full(4, 0.5, np.float32), "zero": np.zeros(4, np.int8),
+        "w": weight, "scale": np.arange(1, 7, dtype=np.float32), "zero": np.full(6, 3, np.int8),
         "dynamic_quantized": weight, "dynamic_scale": np.float32(0.25), "dynamic_zero_point": np.int8(2),
+        "blocks": np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2),
         "unknown": weight, "indices": np.arange(8).reshape(2, 4), "half": np.random.rand(5, 4).astype(np.float16),
         "gates": np.random.rand(2, 12, 3).astype(np.float32), "R": np.random.rand(2, 12, 3).astype(np.float32),
     }  # fmt: skip
     helper = onnx.helper
     constant = helper.make_tensor("value", onnx.TensorProto.FLOAT, [3, 4], np.random.rand(12).tolist())
     nodes = [
-        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"], axis=0),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["y"], axis=-1),
+        helper.make_node("DequantizeLinear", ["bits", "blocks"], ["v"], axis=1, block_size=3),
         helper.make_node("LSTM", ["x", "gates", "R"], ["z"], direction="bidirectional", hidden_size=3),
         helper.make_node("Constant", [], ["constant"], value=constant),
     ]
     stored = [onnx.numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    stored.append(helper.make_tensor("bits", onnx.TensorProto.INT4, [4, 5], [-8, 7, 1, 2, -3] * 4))
     model = helper.make_model(helper.make_graph(nodes, "g", [], [], stored))
     onnx.save(model, path, save_as_external_data=external, size_threshold=0, location="weights.bin")
 
@@ -203,9 +209,6 @@ def test_files_of_every_format_are_read(tmp_path):
         assert list(weights) == ["model.layers.0", "model.layers.1.v"] and list(left_out) == ["(optimiser)"]
         torch.testing.assert_close(weights["model.layers.0"], w)
         torch.testing.assert_close(weights["model.layers.1.v"], v, rtol=1e-2, atol=1e-2)
-    np.savez(tmp_path / "b.npz", w=w.numpy(), o=np.array([{"a": 1}], dtype=object), n=np.arange(8).reshape(2, 4))
-    weights, left_out = read_weights(tmp_path / "b.npz")
-    assert list(weights) == ["w"] and list(left_out) == ["o"]
 
 
 def test_what_a_file_holds_several_times_is_read_once(tmp_path):
@@ -225,14 +228,240 @@ def test_safetensors_of_a_sharded_directory_are_read(tmp_path):
     assert [list(read_weights(path).weights) for path in files_below(tmp_path)] == [["layer1"], ["layer2"]]
 
 
+def packed(numbers: torch.Tensor, bits: int, order: list[int] | None = None) -> torch.Tensor:
+    """Numbers [rows, columns], packed along columns into words of 32 bits, in this order."""
+    order = order or list(range(32 // bits))
+    words = sum(numbers[:, column :: len(order)].long() << bits * place for place, column in enumerate(order))
+    return (words - (words >> 31 << 32)).int()
+
+
+def in_words(w: torch.Tensor, kind: str) -> tuple[dict, torch.Tensor]:
+    """`w` [outputs, inputs] as GPTQ and AWQ hold it, and what is left of it."""
+    bits, groups = (8 if "8 bits" in kind else 4), torch.arange(w.shape[1]) // 16
+    if "groups in any order" in kind:
+        groups = groups[torch.randperm(len(groups))]
+    scales = torch.stack([w.T[groups == group].abs().amax(0) for group in range(4)]) / 2 ** (bits - 1)
+    zeros = torch.full(scales.shape, 2 ** (bits - 1)) if "version 2" in kind else torch.randint(3, 9, scales.shape)
+    codes = (w.T / scales[groups] + zeros[groups]).round().clamp(0, 2**bits - 1).int()
+    left = ((codes - zeros[groups]) * scales[groups]).T
+    if kind == "AWQ":
+        order = [0, 2, 4, 6, 1, 3, 5, 7]
+        return {"qweight": packed(codes, 4, order), "qzeros": packed(zeros, 4, order), "scales": scales}, left
+    stored = zeros if "version 2" in kind else zeros - 1
+    return {
+        "qweight": packed(codes.T, bits).T, "qzeros": packed(stored, bits), "scales": scales, "g_idx": groups.int()
+    }, left  # fmt: skip
+
+
+def by_blocks(w: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The largest entries of blocks of `w`, the last of which may be smaller."""
+    return torch.stack([
+        torch.stack([part.abs().max() for part in strip.split(columns, 1)]) for strip in w.split(rows)
+    ])  # fmt: skip
+
+
+def in_numbers(w: torch.Tensor, kind: str) -> dict:
+    """`w` as 8-bit numbers and scales."""
+    if kind == "DeepSeek":
+        scales = by_blocks(w, 128, 128) / 448
+        each = scales.repeat_interleave(128, 0)[: len(w)].repeat_interleave(128, 1)[:, : w.shape[1]]
+        return {"weight": (w / each).to(torch.float8_e4m3fn), "weight_scale_inv": scales}
+    rows = w.abs().amax(1, keepdim=True) / 127
+    whole = (w / rows).round().to(torch.int8)
+    groups, largest = w.view(len(w), -1, 8).abs().amax(2) / 127, w.abs().max() / 448
+    return {
+        "rows": {"weight": whole, "weight_scale": rows},
+        "groups": {"weight": (w / groups.repeat_interleave(8, 1)).round().to(torch.int8), "weight_scale": groups},
+        "zero points": {"weight": (whole + 128).to(torch.uint8), "weight_scale": rows[:, 0],
+                        "weight_zero_point": torch.full((len(w),), 128)},
+        "bitsandbytes": {"weight": whole, "SCB": rows[:, 0] * 127, "weight_format": torch.tensor(0)},
+        "ComfyUI": {"weight": (w / largest).to(torch.float8_e4m3fn), "scale_weight": largest},
+        "gpt-fast": {"weight": whole, "scales": rows[:, 0]},
+        "Quanto": {"weight._data": whole, "weight._scale": rows},
+    }[kind]  # fmt: skip
+
+
+def saved(path: Path, parts: dict, before: str = "layer.") -> Path:
+    torch.save({before + name: part for name, part in parts.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["DeepSeek", "rows", "groups", "zero points", "bitsandbytes", "ComfyUI", "gpt-fast", "Quanto"]
+)
+def test_quantised_weights_are_judged_with_their_scales(tmp_path, kind):
+    sizes = torch.randn(300, 1, generator=torch.Generator().manual_seed(2)).exp()
+    w = structured(300, 200) * sizes * sizes[:200].T
+    weights, left_out = read_weights(saved(tmp_path / "a.pth", in_numbers(w, kind)))
+    assert list(weights) == ["layer.weight"] and not left_out
+    assert (weights["layer.weight"] - w).norm() < 0.04 * w.norm()
+    assert score(signature(weights["layer.weight"])) == pytest.approx(score(signature(w)), abs=0.1)
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "8 bits", "groups in any order", "version 2", "AWQ"])
+def test_numbers_packed_in_words_are_unpacked(tmp_path, kind):
+    torch.manual_seed(0)
+    parts, left = in_words(structured(24, 64), kind)
+    weights, left_out = read_weights(saved(tmp_path / "a.pth", parts))
+    assert not left_out
+    torch.testing.assert_close(weights["layer.weight"], left)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_numbers_packed_in_bytes_are_unpacked(tmp_path, nested):
+    values, largest = torch.linspace(-1, 1, 16), torch.rand(33) + 0.5
+    places = torch.randint(16, (33 * 64,))
+    about = {"blocksize": 64, "shape": [65, 32], "nested_blocksize": 32, "nested_offset": 0.5}
+    parts = {"": (places[::2] << 4 | places[1::2]).to(torch.uint8)[:, None], ".absmax": largest, ".quant_map": values}
+    if nested:
+        steps = torch.linspace(-1, 1, 256)
+        coarse = torch.randint(256, (33,), dtype=torch.uint8)
+        parts |= {".absmax": coarse, ".nested_absmax": torch.tensor([0.25, 0.125]), ".nested_quant_map": steps}
+        largest = steps[coarse.int()] * torch.tensor([0.25] * 32 + [0.125]) + 0.5
+    state = json.dumps(about).encode()
+    parts[".quant_state.bitsandbytes__nf4"] = torch.tensor(list(state), dtype=torch.uint8)
+    weights, left_out = read_weights(saved(tmp_path / "a.pth", parts, before="layer.weight"))
+    expected = (values[places] * largest.repeat_interleave(64))[: 65 * 32].view(65, 32)
+    assert not left_out and torch.equal(weights["layer.weight"], expected)
+
+
+def test_quantised_weights_whose_scales_are_unknown_are_left_out_by_name(tmp_path):
+    w, bytes_ = structured(24, 64), torch.randint(256, (24, 32), dtype=torch.uint8)
+    words = torch.randint(-(2**31), 2**31, (6, 24)).int()
+    content = {
+        "a.weight": in_numbers(w, "rows")["weight"], "a.weight_scale": torch.rand(5, 7),
+        "b.weight": bytes_, "b.weight_scale": torch.rand(24, 4),
+        "c.qweight": words, "c.qzeros": words[:, :9], "c.scales": torch.rand(6, 96),
+        "d.weight_packed": words, "d.weight_scale": torch.rand(24, 4),
+        "e.weight": w.to(torch.float8_e4m3fn), "e.weight_scale": torch.rand(24, 1),
+        "f.weight": w.to(torch.float8_e4m3fn), "g.weight_scale_inv": torch.rand(24, 4),
+        "h.weight": bytes_[:1], "ordinary.weight": w, "ordinary.flags": w > 0, "table": torch.arange(100).view(10, 10),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "a.pth")
+    weights, left_out = read_weights(tmp_path / "a.pth")
+    assert list(weights) == ["e.weight", "ordinary.weight"]
+    unknown = "integers, packed or without scales"
+    assert left_out == {
+        "a.weight": "its scales, [5, 7], do not fit [24, 64]",
+        "b.weight": "bytes without a zero point, into which numbers may be packed",
+        "c.weight": "numbers of 3 bits, packed", "d.weight_packed": unknown, "h.weight": unknown, "table": unknown,
+        "d.weight_scale": "scales of quantised weights", "g.weight_scale_inv": "scales of quantised weights",
+        "f.weight": "8-bit numbers whose scales are not in this file",
+    }  # fmt: skip
+
+
+def test_plain_weights_keep_their_names_and_neighbours(tmp_path):
+    """Names alone make no part of anything."""
+    names = ["w", "w_scale", "x_v", "x_g", "y_orig", "z_orig", "z_mask", "scales", "codes_scale"]
+    torch.save({name: torch.randn(4, 6 + place) for place, name in enumerate(names)}, tmp_path / "a.pth")
+    weights, left_out = read_weights(tmp_path / "a.pth")
+    assert list(weights) == names and not left_out
+    torch.save({"w": torch.randn(4, 6).to(torch.float8_e4m3fn)}, tmp_path / "b.pth")
+    assert list(read_weights(tmp_path / "b.pth").weights) == ["w"]
+
+
+class Mask(nn.Module):
+    """Pruning as a parametrization."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.rand(8, 12) > 0.5)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.mask * weight
+
+
+REPARAMETRISED = {
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "pruned, parametrized": lambda linear: parametrize.register_parametrization(linear, "weight", Mask()),
+    "weight norm": lambda linear: nn.utils.weight_norm(linear),
+    "weight norm of the whole": lambda linear: nn.utils.weight_norm(linear, dim=None),
+    "weight norm, parametrized": lambda linear: nn.utils.parametrizations.weight_norm(linear, dim=1),
+    "spectral norm": nn.utils.spectral_norm,
+    "spectral norm, parametrized": nn.utils.parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("kind", REPARAMETRISED)
+def test_weights_in_parts_are_put_together(tmp_path, kind):
+    torch.manual_seed(0)
+    module = nn.Sequential(REPARAMETRISED[kind](nn.Linear(12, 8)), nn.Linear(8, 5))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith(("_g", "original0")):  # trained on, they are the norms of the directions no more
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+    module.eval()(torch.randn(3, 12))
+    torch.save(module.state_dict(), tmp_path / "a.pth")
+    weights, left_out = read_weights(tmp_path / "a.pth")
+    assert list(weights) == ["0.weight", "1.weight"] and not left_out
+    found, expected = (w / w.norm() if "spectral" in kind else w for w in (weights["0.weight"], module[0].weight))
+    torch.testing.assert_close(found, expected.detach())
+
+
+def test_a_parametrization_that_only_code_knows_is_left_out_by_name(tmp_path):
+    linear = nn.utils.parametrizations.orthogonal(nn.Linear(6, 8))
+    torch.save(linear.state_dict() | {"w": torch.randn(4, 5)}, tmp_path / "a.pth")
+    weights, left_out = read_weights(tmp_path / "a.pth")
+    assert list(weights) == ["w"]
+    assert "its parametrization is code" in left_out["parametrizations.weight.original"]
+
+
+def test_one_tensor_that_cannot_be_used_does_not_take_the_file(tmp_path):
+    huge = torch.sparse_coo_tensor([[0, 5], [1, 7]], [1.0, 2.0], size=(200_000, 200_000), check_invariants=True)
+    content = {
+        "expanded": torch.randn(1).expand(200_000, 200_000), "rows": torch.randn(1, 9).expand(50, 9), "sparse": huge,
+        "four bits": torch.zeros(4, 8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "complex": torch.randn(4, 5, dtype=torch.complex64), "mask": torch.tril(torch.ones(9, 9)),
+        "empty": torch.empty(4, 5, device="meta"), "weight": torch.randn(4, 5),
+    }  # fmt: skip
+    torch.save(content, tmp_path / "a.pth")
+    weights, left_out = read_weights(tmp_path / "a.pth")
+    assert list(weights) == ["weight"] and left_out.keys() == content.keys() - {"weight"}
+    assert left_out["expanded"] == left_out["rows"] == "the same numbers again and again (expanded)"
+    assert "mask" in left_out["mask"] and "sparse" in left_out["sparse"] and "Float4" in left_out["four bits"]
+
+
+def test_tied_weights_count_once(tmp_path, monkeypatch, capsys):
+    w = torch.randn(20, 30)
+    torch.save({"embedding": w, "head": w, "copy": w.clone(), "other": torch.randn(20, 30)}, tmp_path / "a.pth")
+    main_of(signatures, monkeypatch, tmp_path / "a.pth")
+    printed = capsys.readouterr()
+    assert "a.pth: 2 tensors, 1,200 weights" in printed.out
+    assert "head: the same as embedding" in printed.err and "copy: the same as embedding" in printed.err
+
+
+def test_arrays_of_numpy_are_read(tmp_path):
+    w = np.random.default_rng(0).normal(size=(4, 6))
+    np.save(tmp_path / "order.npy", np.asfortranarray(w, dtype=">f4"))
+    assert np.allclose(read_weights(tmp_path / "order.npy").weights["order"], w)
+    np.save(tmp_path / "pickled.npy", np.array([{"a": 1}], dtype=object))
+    with pytest.raises(UserError, match=r"pickled.npy: is damaged or not what its name says"):
+        read_weights(tmp_path / "pickled.npy")
+    np.savez(tmp_path / "b.npz", w=w, o=np.array([{"a": 1}], dtype=object), n=np.arange(8).reshape(2, 4))
+    weights, left_out = read_weights(tmp_path / "b.npz")
+    assert list(weights) == ["w"] and list(left_out) == ["o", "n"]
+
+
 def test_onnx_is_read_and_quantised_weights_are_multiplied_out(tmp_path):
     save_quantised_onnx(tmp_path / "m.onnx")
     weights, left_out = read_weights(tmp_path / "m.onnx")
-    assert set(weights) == {"w", "dynamic_quantized", "half", "constant", "gates[0]", "gates[1]", "R[0]", "R[1]"}
+    assert set(weights) == {
+        "w",
+        "bits",
+        "dynamic_quantized",
+        "half",
+        "constant",
+        "gates[0]",
+        "gates[1]",
+        "R[0]",
+        "R[1]",
+    }
     expected = torch.arange(-12, 12).view(4, 6).float()
-    assert torch.equal(weights["w"], 0.5 * expected)
+    assert torch.equal(weights["w"], (expected - 3) * torch.arange(1.0, 7.0))
+    assert torch.equal(weights["bits"][1], torch.tensor([-24.0, 21.0, 3.0, 8.0, -12.0]))
     assert torch.equal(weights["dynamic_quantized"], 0.25 * (expected - 2))
-    assert left_out == {"unknown": "integers without scales"}
+    assert left_out == dict.fromkeys(["unknown", "indices"], "integers, packed or without scales")
 
 
 def test_weights_beside_python_objects_are_read_and_the_objects_never_made(tmp_path, monkeypatch):
@@ -241,7 +470,7 @@ def test_weights_beside_python_objects_are_read_and_the_objects_never_made(tmp_p
 
     path = tmp_path / "trainer.ckpt"
     array = np.random.rand(3, 4)
-    torch.save({"weights": torch.eye(4), "holder": Holder(torch.randn(2, 3)), "array": array}, path)
+    torch.save({"weights": torch.randn(4, 4), "holder": Holder(torch.randn(2, 3)), "array": array}, path)
     torch.save(nn.Sequential(nn.Linear(3, 4)), tmp_path / "module.pt")
     monkeypatch.setattr(Holder, "__init__", never)
     monkeypatch.setattr(Holder, "__setstate__", never, raising=False)
@@ -286,6 +515,12 @@ def test_bad_files_get_one_line_each(tmp_path, refusal, monkeypatch):
     assert "not a file of weights" in refusal(signatures.main, tmp_path / "a.txt")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, refusal):
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "pipe.pth: not a regular file" in refusal(signatures.main, tmp_path / "pipe.pth")
+
+
 def test_onnx_whose_data_is_missing_gets_one_line(tmp_path, refusal):
     save_quantised_onnx(tmp_path / "m.onnx", external=True)
     assert read_weights(tmp_path / "m.onnx").weights
@@ -305,15 +540,16 @@ def test_missing_extras_are_named(tmp_path, refusal, monkeypatch, package, name)
 # ---- the scorer and the tool ----------------------------------------------------------------------------------------
 
 
-def test_the_committed_scorer_tells_trained_networks_from_their_inits(experiment):
-    def scores(epoch: int) -> dict[str, float]:
-        state = torch.load(checkpoint_path(experiment / "checkpoints_weights_cnn", epoch), weights_only=True)
-        return {name: score(signature(matrix_of(state[name]))) for name in ("conv2.weight", "fc1.weight")}
-
-    init, trained = scores(0), scores(2)
+def test_the_committed_scorer_tells_trained_networks_from_their_inits(digits, monkeypatch):
+    monkeypatch.setattr(trials, "EPOCH", 1500)
+    options = argparse.Namespace(device=torch.device("cpu"))
+    init, trained = (
+        {name: score(signature(matrix_of(network.get_parameter(name)))) for name in ("conv2.weight", "fc1.weight")}
+        for network in trials.trained_networks(options, 0, digits, 1, "digits")
+    )
     for name in init:
         assert init[name] < 0.25
-        assert trained[name] > init[name] + 0.1
+        assert trained[name] > init[name] + 0.5
 
 
 def test_inits_score_low_whatever_their_shape():
@@ -396,10 +632,13 @@ def test_crops_keep_the_order_of_rows_and_columns():
     assert cropped(w.T, random.Random(0), 4, 5).shape == (5, 4)
 
 
-@pytest.fixture(scope="module")
-def digits():
-    """A thousand test images."""
-    return load_mnist("test", REPOSITORY / "data", torch.device("cpu"))[:1000]
+class SmallNetwork(nn.Sequential):
+    """In the place of TargetCNN, for speed."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(1, 6, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(216, 24), nn.ReLU(), nn.Linear(24, 10)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -422,16 +661,18 @@ def test_the_scorer_is_trained_and_studied(tmp_path, monkeypatch, capsys, small_
     assert (tmp_path / "a.pth").read_bytes() == (tmp_path / "b.pth").read_bytes()  # the same seed, the same scorer
     printed = capsys.readouterr().out
     assert "Scorer of 3 members trained" in printed
-    table, trained = detection.load_table(tmp_path / "t.pth"), scorer.load_scorer(tmp_path / "a.pth")
-    areas = detection.areas_of(detection.held_out_logits(trained, table), table)
+    labelled, trained = detection.load_signatures(tmp_path / "t.pth"), scorer.load_scorer(tmp_path / "a.pth")
+    areas = detection.areas_of(detection.held_out_logits(trained, labelled), labelled)
     assert areas.shape == (len(UNTRAINED), 3)
     assert areas[: len(NULL_MODELS)].mean() > 0.85  # families that the member has not seen
 
-    monkeypatch.setattr(study, "load_scorer", lambda: trained)
     outputs = ["--plot", tmp_path / "s.png", "--results", tmp_path / "s.json"]
-    monkeypatch.setattr(study, "training_data", lambda *_: digits[:600])
-    monkeypatch.setattr(study, "scoring_data", lambda *_: digits[600:])
+    small = {"load_scorer": lambda: trained, "SIZES": [100, 300], "WRITTEN": ["TargetCNN", "conv 4, 8, valid"],
+             "training_data": lambda *_: digits[:600], "scoring_data": lambda *_: digits[600:1000]}  # fmt: skip
+    for name, value in small.items():
+        monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(trials, "EPOCH", 600)
+    monkeypatch.setattr(trials, "TargetCNN", SmallNetwork)
     main_of(study, monkeypatch, "--seeds", 1, "--steps", 0, *files, *outputs)
     assert "shuffled within scales" in capsys.readouterr().out
     saved = json.loads((tmp_path / "s.json").read_text())
@@ -445,11 +686,11 @@ def test_a_member_learns_nothing_of_its_own_family():
     family, kind = torch.randint(2, (400,)), torch.randint(2, (400,))
     values = torch.randn(400, len(SCORED))
     values[:, 0] += 6.0 * ((kind == 0) == (family == 1))
-    table = detection.Table(values, family, kind, kind >= 0, ["first", "second"])
-    trained = detection.trained_scorer(table, 60, 0, torch.device("cpu"))
-    assert (detection.areas_of(detection.held_out_logits(trained, table), table)[0] < 0.2).all()
+    labelled = detection.LabelledSignatures(values, family, kind, kind >= 0, ["first", "second"])
+    trained = detection.trained_scorer(labelled, 60, 0, torch.device("cpu"))
+    assert (detection.areas_of(detection.held_out_logits(trained, labelled), labelled)[0] < 0.2).all()
     with pytest.raises(UserError, match="different families"):
-        detection.held_out_logits(trained, table._replace(families=["second", "first"]))
+        detection.held_out_logits(trained, labelled._replace(families=["second", "first"]))
 
 
 def test_wrong_files_of_the_study_get_one_line(tmp_path, refusal):
@@ -514,20 +755,20 @@ def test_optimal_shrinkage_beats_no_shrinkage_where_there_are_spikes():
 def test_the_denoiser_is_trained_better_than_classical_ones_and_goes_on(tmp_path, monkeypatch, small_corpus):
     def options(name: str) -> list:
         files = ["--checkpoint", tmp_path / f"{name}_state.pth", "--out", tmp_path / f"{name}.pth"]
-        return ["--corpus", small_corpus, "--steps", 30, "--report-every", 10, *files]
+        return ["--corpus", small_corpus, "--steps", 12, "--report-every", 5, *files]
 
     main_of(diffusion, monkeypatch, *options("whole"))
-    step = diffusion.one_step
+    step = diffusion.Training.one_step
 
-    def killed(*arguments):
-        if arguments[-1] == 25:
+    def killed(training):
+        if training.step == 8:
             raise KeyboardInterrupt
-        return step(*arguments)
+        return step(training)
 
-    monkeypatch.setattr(diffusion, "one_step", killed)
+    monkeypatch.setattr(diffusion.Training, "one_step", killed)
     with pytest.raises(KeyboardInterrupt):
         main_of(diffusion, monkeypatch, *options("halves"))
-    monkeypatch.setattr(diffusion, "one_step", step)
+    monkeypatch.setattr(diffusion.Training, "one_step", step)
     main_of(diffusion, monkeypatch, *options("halves"))
     whole, halves = (denoising.load_denoiser(tmp_path / f"{name}.pth").state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
@@ -579,12 +820,14 @@ def test_a_network_is_initialised_and_repaired():
 
 def test_the_prior_is_tried_on_everything(tmp_path, monkeypatch, capsys, small_corpus, digits):
     scorer_of_it = scorer.Scorer(["one", "two", HELD_OUT[0]])
-    small = {"load_scorer": lambda: scorer_of_it, "GENERATED_SIDE": 20,
+    networks = {"small": SmallNetwork, "10 convolutions": prior.deep_convolutions}
+    small = {"load_scorer": lambda: scorer_of_it, "GENERATED_SIDE": 20, "NETWORKS": networks,
              "DETECTOR_STEPS": 10, "AFTER": (1, 2), "training_data": lambda *_: digits[:300],
              "scoring_data": lambda *_: digits[300:600]}  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(prior, name, value)
     monkeypatch.setattr(trials, "EPOCH", 300)
+    monkeypatch.setattr(trials, "TargetCNN", SmallNetwork)
     monkeypatch.setattr(prior, "initialise", lambda module, seed, _: sampling.initialise(module, seed, steps=2))
     outputs = ["--plot", tmp_path / "p.png", "--results", tmp_path / "p.json"]
     sizes = ["--matrices", 4, "--seeds", 1, "--evaluations", 2]

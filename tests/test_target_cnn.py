@@ -35,6 +35,7 @@ from target_cnn import (
     score,
     score_weights,
     scoring_data,
+    train_with_adam,
     training_data,
 )
 
@@ -134,6 +135,7 @@ def test_mnist_is_read_where_nothing_can_be_written(tmp_path, archives):
     for archive in archives.glob("*.gz"):  # as somebody else may have unpacked it
         archive.with_suffix("").write_bytes(gzip.decompress(archive.read_bytes()))
         archive.unlink()
+    load_mnist.cache_clear()
     unpacked = load_mnist("test", tmp_path)
     assert torch.equal(unpacked.images, published.images) and torch.equal(unpacked.labels, published.labels)
 
@@ -188,6 +190,45 @@ def test_bf16_is_for_processors_that_say_they_have_it(monkeypatch):
         assert fast_bf16(cpu) == fast
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in the oldest PyTorch that is supported
     assert not fast_bf16(cpu)
+
+
+def linear_with_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(784, 10))
+
+
+def test_a_training_pauses_where_it_is_asked_to_and_goes_on_as_if_it_had_not(few_images):
+    whole, paused = linear_with_dropout(), linear_with_dropout()
+    torch.manual_seed(1)
+    assert [progress.step for progress in train_with_adam(whole, few_images, 2, batch_size=128)] == [5, 10]
+    torch.manual_seed(1)
+    points = []
+    for progress in train_with_adam(paused, few_images, 2, batch_size=128, pauses=(2, 7)):
+        points.append((progress.epoch, progress.step))
+        score(paused, few_images)  # which turns dropout off
+    assert points == [(1, 2), (1, 5), (2, 7), (2, 10)]
+    assert torch.equal(flatten_weights(whole), flatten_weights(paused))
+    assert not torch.equal(flatten_weights(whole), flatten_weights(linear_with_dropout()))
+
+
+def test_the_loss_and_the_seconds_of_a_training_are_of_the_epoch_so_far(few_images, monkeypatch):
+    seconds = 0.0
+    monkeypatch.setattr(target_cnn.time, "perf_counter", lambda: seconds)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+    def pass_a_second(*_):
+        nonlocal seconds
+        seconds += 1
+
+    model.register_forward_hook(pass_a_second)
+    expected = score(model, few_images).cross_entropy
+    found = []
+    for progress in train_with_adam(model, few_images, 2, lr=1e-9, batch_size=128, use_bf16=False, pauses=(2,)):
+        found.append(progress.seconds)
+        seconds += 100  # what the caller does does not count
+        if progress.step == 5:
+            assert progress.loss == pytest.approx(expected, rel=1e-4)
+    assert found == [2, 5, 5]
 
 
 def write_run(directory, epochs):

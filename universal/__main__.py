@@ -9,7 +9,9 @@ weights_1.pth to weights_5.pth, from the seeds SEED to SEED + 4.
 """
 
 import argparse
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from scripting import (
 )
 from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
+from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import ComputationGraph, Logits
 
@@ -60,7 +63,8 @@ def main() -> None:
         network = build().to(options.device)
         start = time.perf_counter()
         try:
-            accounts = synthesizer.write(network, steps=options.steps)
+            with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
+                accounts = synthesizer.write(network, steps=options.steps)
             milliseconds = 1000 * (time.perf_counter() - start)
             result = scored(network, data) if options.evaluate else None
         except ValueError as error:
@@ -69,6 +73,8 @@ def main() -> None:
         if result is not None:
             line += f", Accuracy = {result.accuracy_percent:.2f}%"
         print(line, flush=True)
+        for warning in doubts:
+            print(f"{options.model}: {warning.message}", file=sys.stderr)
         if seed == options.seed and accounts.left:
             print(f"Left at their init: {', '.join(accounts.left)}")
         states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})

@@ -8,8 +8,6 @@ from universal.reading.inputs import InputFormat
 IMAGE_SIDE = 28  # pixels
 IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)  # (channels, height, width)
 CLASSES = 10
-IMAGE_CHANNELS = (1, 3)
-IMAGE_SHAPE = (1, IMAGE_SIDE, IMAGE_SIDE)
 MAP = (IMAGE_SIDE, IMAGE_SIDE)
 # A network may take [N, 1, 28, 28], [N, 3, 28, 28], [N, 28, 28] or [N, 784], which are tried in this order.
 IMAGE_FORMATS = (

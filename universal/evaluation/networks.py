@@ -206,5 +206,5 @@ EVALUATED: dict[str, Callable[[], nn.Module]] = {
     "MLP of 5 hidden layers": lambda: mlp([512, 256, 128, 64, 32]),
     "MLP 784-2000-10": lambda: mlp([2000]),
 }  # fmt: skip
-with torch.device("meta"):
+with torch.random.fork_rng(devices=[]):  # on the device "meta", random numbers would import a compiler, for seconds
     EVALUATED_SHAPES = [parameter_shapes(build()) for build in EVALUATED.values()]

@@ -185,16 +185,9 @@ def break_even(generator_seconds: float, seconds_to_generate: float, seconds_to_
 
 
 def assess(
-    starts: dict[str, Tensor],
-    states: Tensor,
-    inits: int,
-    first_scores: list[Score],
-    recorded: dict[str, Tensor],
-    recorded_scores: list[Score],
-    reference: Tensor | None,
-    data: Dataset,
-    seed: int,
-) -> dict:
+    starts: dict[str, Tensor], states: Tensor, inits: int, first_scores: list[Score], recorded: dict[str, Tensor],
+    recorded_scores: list[Score], reference: Tensor | None, data: Dataset, seed: int,
+) -> dict:  # fmt: skip
     """All measures and the verdict, as a record that can be saved as JSON.
 
     `states`, [steps + 1, starts, parameters], is the rollout from `starts`, the `starting_points` with so many unseen
@@ -227,20 +220,18 @@ def assess(
         dependence=fmean(distances[name] for name in [*list(starts)[1:inits], *RANDOM_PROBES]),
         **{name: fmean(network[name] for network in ends) for name in ("accuracy_percent", "error_overlap", "cosine")},
     )
+    over_inits = [
+        {"step": step} | summary_statistics([results[step].accuracy_percent for results in scores])
+        for step in range(last + 1)
+    ]
+    dependence = [
+        {"start": name, "accuracy_percent_step_1": first.accuracy_percent,
+         "accuracy_percent_last_step": end.accuracy_percent, "relative_distance": distance}
+        for (name, distance), (first, end) in zip(distances.items(), first_and_last, strict=True)
+    ]  # fmt: skip
     return {
-        "over_inits": [
-            {"step": step} | summary_statistics([results[step].accuracy_percent for results in scores])
-            for step in range(last + 1)
-        ],
-        "input_dependence": [
-            {
-                "start": name,
-                "accuracy_percent_step_1": first.accuracy_percent,
-                "accuracy_percent_last_step": end.accuracy_percent,
-                "relative_distance": distance,
-            }
-            for (name, distance), (first, end) in zip(distances.items(), first_and_last, strict=True)
-        ],
+        "over_inits": over_inits,
+        "input_dependence": dependence,
         "networks": networks,
         "mean_overlap_among_generated": mean_pairwise_overlap([results[-1].wrong for results in scores]),
         "verdict": verdict._asdict(),
@@ -293,40 +284,25 @@ def cost(
 def report(record: dict) -> str:
     """The record of `assess` and `cost` for people."""
     last = record["over_inits"][-1]["step"]
-    over_inits = table(
-        ["Step", "Mean Accuracy (%)", "Std", "Min", "Max"],
-        [
-            [str(row["step"]), *(f"{row[name]:.2f}" for name in ("mean", "standard_deviation", "minimum", "maximum"))]
-            for row in record["over_inits"]
-        ],
-    )
+    over_inits = table(["Step", "Mean Accuracy (%)", "Std", "Min", "Max"], [
+        [str(row["step"]), *(f"{row[name]:.2f}" for name in ("mean", "standard_deviation", "minimum", "maximum"))]
+        for row in record["over_inits"]
+    ])  # fmt: skip
     dependence = table(
-        ["Start", "Accuracy, Step 1 (%)", f"Accuracy, Step {last} (%)", "Distance of Ends / of Starts"],
-        [
-            [
-                row["start"],
-                f"{row['accuracy_percent_step_1']:.2f}",
-                f"{row['accuracy_percent_last_step']:.2f}",
-                f"{row['relative_distance']:.4f}" if index else "-",
-            ]
-            for index, row in enumerate(record["input_dependence"])
-        ],
-    )
+        ["Start", "Accuracy, Step 1 (%)", f"Accuracy, Step {last} (%)", "Distance of Ends / of Starts"], [
+        [row["start"], f"{row['accuracy_percent_step_1']:.2f}", f"{row['accuracy_percent_last_step']:.2f}",
+         f"{row['relative_distance']:.4f}" if index else "-"]
+        for index, row in enumerate(record["input_dependence"])
+    ])  # fmt: skip
     columns = {"accuracy_percent": 2, "relative_l2": 3, "cosine": 3, "error_overlap": 3}  # and their decimals
     methods: dict[str, list[dict]] = {}
     for network in record["networks"]:
         methods.setdefault(network["method"], []).append(network)
-    copies = table(
-        ["Network", "Accuracy (%)", "Relative L2", "Cosine", "Error Overlap", "Nearest Checkpoint"],
-        [
-            [
-                method,
-                *(range_of([network[name] for network in networks], decimals) for name, decimals in columns.items()),
-                ", ".join(dict.fromkeys(network["nearest"] for network in networks)),
-            ]
-            for method, networks in methods.items()
-        ],
-    )
+    copies = table(["Network", "Accuracy (%)", "Relative L2", "Cosine", "Error Overlap", "Nearest Checkpoint"], [
+        [method, *(range_of([network[name] for network in networks], decimals) for name, decimals in columns.items()),
+         ", ".join(dict.fromkeys(network["nearest"] for network in networks))]
+        for method, networks in methods.items()
+    ])  # fmt: skip
     among = record["mean_overlap_among_generated"]
     verdict = record["verdict"]
     return f"""

@@ -90,21 +90,21 @@ def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
         if name in ("stride", "dilation")
     }
     channels = len(layer.channels)
-    largest = max(map(abs, layer.activation or ACTIVATION_POINTS))
+    values = layer.activation or ACTIVATION_POINTS
+    largest = max(map(abs, values))
     # What comes is brought to scale anyway: a factor far from 1 after a function says nothing about it.
     factor = 1.0 if 0.5 <= largest <= 4 or not largest else 2 / largest
     description = [
         layer.has_window, layer.depth == 0, layer.last, step > 0, min(layer.depth, DEEPEST) / 4,
         min(graph.last.depth - layer.depth, DEEPEST) / 4, math.log(channels / layer.groups) / 5,
         math.log(layer.shape[0]) / 5, math.log(layer.positions) / 3, math.log(layer.side) / 3,
-        mean.get("dilation", 0), mean.get("stride", 0),
-        any(reader.has_window for reader in layer.readers),
+        mean.get("dilation", 0), mean.get("stride", 0), any(reader.has_window for reader in layer.readers),
         any(len(reader.sources) > 1 for reader in layer.readers), math.log(layer.resolution) / 3,
         math.log(layer.groups) / 3, layer.groups == channels > 1, layer.normalised,
         any(reader.pooled for reader in layer.readers), layer.pooled, not layer.has_window and layer.resolution > 1,
         layer.places is not None, layer.channels.shape[1] > 1, math.log(len(layer.sources)),
         math.log(graph.classes) - 2, graph.convolutional, math.log(len(graph.layers)) / 2,
-        *(max(-3.0, min(3.0, factor * value)) for value in layer.activation or ACTIVATION_POINTS),
+        *(max(-3.0, min(3.0, factor * value)) for value in values),
     ]  # fmt: skip
     return torch.tensor([float(value) for value in description])
 

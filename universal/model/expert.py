@@ -65,6 +65,11 @@ class Expert(nn.Module):
         written = Writing(self, graph, weights, step, task).write()
         return written
 
+    def probes_for(self, graph: ComputationGraph) -> int:
+        """How many probes a network is written from: with convolutions, each costs more."""
+        count = len(self.task.probes)
+        return min(count, self.convolution_probes) if graph.convolutional else count
+
     def keys_of_inputs(self, channels: int) -> Tensor:
         """The keys of the inputs' channels, [channels, dimension]."""
         generator = torch.Generator().manual_seed(0)

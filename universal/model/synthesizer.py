@@ -6,6 +6,7 @@ that these make writes the network (`universal.model.expert`).
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from scripting import UserError, load_file, save_tensors
 from universal.mnist import IMAGE_SHAPE
 from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
+from universal.model.looking import DoubtfulWeights, doubt
 from universal.model.task import Task
 from universal.model.tuning import Tuning
 from universal.model.weights import TUNABLE
@@ -127,12 +129,22 @@ class GraphWeightSynthesizer(nn.Module):
     def write(self, module: nn.Module, seed: int | None = None, steps: int = 1) -> Accounts:
         """Write the weights of `module` in place, in `steps` generative steps; which they are, and which are not.
 
-        They are made from the weights that it has, or with `seed` from a fresh random init. Raises ValueError if the
-        module cannot be read (`ComputationGraph`), has too many classes, holds NaN or makes NaN of the
-        probes.
+        They are made from the weights that it has, or with `seed` from a fresh random init. Warns of DoubtfulWeights
+        if the network is then at chance on the probes, gives NaN or has a dead layer. Raises ValueError if the module
+        cannot be read (`ComputationGraph`), has too many classes, holds NaN or makes NaN of the probes, or if there are
+        no `steps`, and TypeError if it is no module.
         """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"a {type(module).__name__} cannot be written: give a torch.nn.Module")
+        if steps < 1:
+            raise ValueError(f"{steps} steps write nothing: give 1 or more")
         example = None if self.settings["shape"] == IMAGE_SHAPE else self.task.probes
-        return self.fill(ComputationGraph(module, example), seed, steps)
+        graph = ComputationGraph(module, example)
+        accounts = self.fill(graph, seed, steps)
+        doubtful = doubt(graph, self.task, self.experts[0].probes_for(graph))
+        if doubtful is not None:
+            warnings.warn(doubtful, DoubtfulWeights, stacklevel=2)
+        return accounts
 
     @torch.no_grad()
     def fill(self, graph: ComputationGraph, seed: int | None = None, steps: int = 1) -> Accounts:
@@ -175,7 +187,7 @@ def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:
     for layer in graph.layers:
         bound = 1 / math.sqrt(math.prod(layer.shape[1:]))
         for part, shape in ((layer.weight, layer.shape), (layer.bias, layer.shape[:1])):
-            if part is not None and not part.frozen:
+            if part is not None:
                 values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
                 part.put(weights, values, own)
     return weights

@@ -34,7 +34,8 @@ class Task(nn.Module):
         one_hot = F.one_hot(labels, self.labels.shape[1]).float()
         self.probes.copy_(images)
         self.labels.copy_(one_hot - 1 / self.labels.shape[1])
-        self.concepts[:, : one_hot.shape[1]] = 3 * one_hot
+        shown = min(self.concepts.shape[1], one_hot.shape[1])
+        self.concepts[:, :shown] = 3 * one_hot[:, :shown]
 
     def data(self) -> list[nn.Parameter]:
         """The parameters that are data: they take a larger learning rate than the networks."""

@@ -23,6 +23,7 @@ from universal.reading.graph import ComputationGraph
 if TYPE_CHECKING:
     from universal.model.expert import Expert
 
+MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
 LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
 
 
@@ -64,7 +65,7 @@ class Writing:
 
     def __init__(self, expert: "Expert", graph: ComputationGraph, weights: dict[str, Tensor], step: int, task: Task):
         self.expert, self.graph, self.weights, self.step, self.task = expert, graph, weights, step, task
-        self.probes = task.probes[: expert.convolution_probes if graph.convolutional else None]
+        self.probes = task.probes[: expert.probes_for(graph)]
         images = expert.keys_of_inputs(graph.channels)
         self.keys, self.means = NeuronRows(graph, images), NeuronRows(graph, torch.zeros_like(images[:, 0]))
         self.variant: Tensor | None = None
@@ -116,8 +117,9 @@ class Writing:
         weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
         key = expert.key(neurons, about)
         if expert.seen.weight.requires_grad or expert.seen.weight.any():
-            key = key + expert.seen(seen_by(layer, responses, len(self.probes), self.task))
-        self.keys.add(expert.key_norm(key))
+            key = key + expert.seen(seen_by(layer, new[2], len(self.probes), self.task))
+        key = expert.key_norm(key)
+        self.keys.add(expert.key_norm(mixtures_like(layer, new[2], responses) @ key) if layer.weight.frozen else key)
         return weight, bias, responses
 
     def write_classes(
@@ -190,6 +192,16 @@ def with_frozen(
             bias = bounded(mean * rows.std(0, correction=0) - rows.mean(0))
     bias = bias if layer.bias else None
     return weight, bias, layer(inputs, weight, bias)
+
+
+def mixtures_like(layer: Layer, written: Tensor, own: Tensor) -> Tensor:
+    """The mixtures of a layer's neurons as `written` that respond to the probes as its `own`, frozen ones, do,
+    [neurons, neurons]. As keys say what neurons are written, those of frozen ones are mixtures of them."""
+    rows = [F.relu(responses.movedim(layer.axis, -1).flatten(0, -2)) for responses in (written, own)]
+    every = -(-len(rows[0]) // MOST_RESPONSES)
+    features, targets = (some[::every] - some.mean(0) for some in rows)
+    features, targets = (some * torch.rsqrt(some.square().mean(0) + 1e-6) for some in (features, targets))
+    return ridge_regression(features, targets, features.new_tensor([0.01]))
 
 
 def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:

@@ -317,23 +317,17 @@ class Kind:
 
 
 STATISTICS = ("running_mean", "running_var")
+BY_STATISTICS = ("input", *STATISTICS, "weight", "bias")
 CONVOLUTION = Kind(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), 1, is_convolution=True)
-LINEAR = Kind(("input", "weight", "bias"), -1)
-PRODUCT = Kind(("input", "weight"), -1, transposed=True)
 KINDS: dict[Callable, Kind] = {
     torch.conv1d: CONVOLUTION,
     torch.conv2d: CONVOLUTION,
-    F.linear: LINEAR,
+    F.linear: Kind(("input", "weight", "bias"), -1),
     torch.einsum: Kind((), -1, product=products.of_einsum),
     torch.addmm: Kind(("bias", "input", "weight"), -1, transposed=True),
-    F.batch_norm: Kind(
-        ("input", *STATISTICS, "weight", "bias", "training", "momentum", "eps"), 1, is_norm=True, by_inputs="training"
-    ),
+    F.batch_norm: Kind((*BY_STATISTICS, "training", "momentum", "eps"), 1, is_norm=True, by_inputs="training"),
     F.instance_norm: Kind(
-        ("input", *STATISTICS, "weight", "bias", "use_input_stats", "momentum", "eps"),
-        1,
-        is_norm=True,
-        by_inputs="use_input_stats",
+        (*BY_STATISTICS, "use_input_stats", "momentum", "eps"), 1, is_norm=True, by_inputs="use_input_stats"
     ),
     F.group_norm: Kind(("input", "num_groups", "weight", "bias", "eps"), 1, is_norm=True),
     F.layer_norm: Kind(("input", "normalized_shape", "weight", "bias", "eps"), -1, is_norm=True),
@@ -359,7 +353,7 @@ RATIOS = {
 }  # fmt: skip
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
-CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot}
+CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot, F.scaled_dot_product_attention}
 # Layers that cannot be written, by the names of their functions.
 REFUSED = {
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",

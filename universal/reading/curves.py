@@ -93,7 +93,7 @@ def elementwise(function: Callable, others: list, spec, curves: list[Tensor | No
         except Exception:  # of a few points a function may think whatever it likes
             return None
         result = new_args[0] if result is None else result  # it changed its first argument
-        is_curve = isinstance(result, Tensor) and result.numel() == len(ACTIVATION_POINTS)
+        is_curve = isinstance(result, Tensor) and result.numel() == len(ACTIVATION_POINTS) and not result.is_complex()
         return result.flatten() if is_curve else None
 
     found = along(1) if axes else None

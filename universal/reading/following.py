@@ -144,7 +144,8 @@ class Follower:
         for index, output in outputs:
             numbers = None
             if function not in CONTRACTIONS:
-                numbers = self._moved(followed, again, index, output.shape)
+                together = len(inputs) > 1 and broadcast(*(one.codes.shape for one in inputs)) == output.shape
+                numbers = None if together else self._moved(followed, again, index, output.shape)
                 if numbers is None:
                     numbers = self._elementwise(inputs, output.shape)
                     moves = moves and numbers is None
@@ -163,10 +164,8 @@ class Follower:
             return True
         middle = torch.full(target.shape, 0.5, dtype=torch.float64)
         before = self.numbers(target) or Numbers(torch.zeros_like(middle), middle, middle)
-        after, value = (
-            before._replace(codes=before.codes.clone(), y=before.y.clone(), x=before.x.clone()),
-            self.numbers(value),
-        )
+        after = before._replace(codes=before.codes.clone(), y=before.y.clone(), x=before.x.clone())
+        value = self.numbers(value)
         for own, new in zip(after[:3], value[:3], strict=True):
             own[index] = new
         depth, sources = max(before.depth, value.depth), before.sources | value.sources
@@ -210,11 +209,9 @@ class Follower:
     def _elementwise(self, inputs: list[Numbers], shape: torch.Size) -> Numbers | None:
         """The numbers of an output of the shape that its inputs, and what else went in, are broadcast to: of the sums
         of their neurons."""
-        try:
-            if torch.broadcast_shapes(*(numbers.codes.shape for numbers in inputs), shape) != shape:
-                return None
-        except RuntimeError:
+        if broadcast(*(numbers.codes.shape for numbers in inputs), shape) != shape:
             return None
+        inputs = [numbers for numbers in inputs if numbers.codes.any()] or inputs  # of others the places say nothing
         codes, y, x = (tensor.expand(shape) for tensor in inputs[0][:3])
         for other in inputs[1:]:
             codes = self.neurons.summed(codes, other.codes.expand(shape))
@@ -259,6 +256,14 @@ class Follower:
                 names = [part.name for part in parts.values()]
                 names += [self._computed[id(leaf)] for leaf in leaves if id(leaf) in self._computed]
                 self._computed[id(output)] = ", ".join(dict.fromkeys(names))
+
+
+def broadcast(*shapes: torch.Size) -> torch.Size | None:
+    """The shape that tensors of these shapes are broadcast to, if they can be."""
+    try:
+        return torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        return None
 
 
 def moved_elements(found: list, before: Tensor, after: Tensor) -> Tensor | None:

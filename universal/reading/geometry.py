@@ -54,6 +54,11 @@ def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Ten
             if len(places) > 1 and (places == places[0]).all():
                 return None  # nothing tells what is added at one of them from the others
             return axis, neurons, places if len(places) > 1 else None
+    # Of activations that are of other neurons at every place, as where tokens were mixed, it has those at the first.
+    for axis in (-1, *range(1 - dimensions, -1)):
+        first = codes.movedim(axis, -1).flatten(0, -2)[0]
+        if parameter.numel() == shape[axis] == len(first) > 1 and first.any():
+            return axis, first, None
     return None
 
 

@@ -53,7 +53,8 @@ class ComputationGraph:
             if any(isinstance(parameter, nn.UninitializedParameter) for parameter in self.module.parameters()):
                 self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
             reading = self._try_formats(formats, precision, self._read)
-        self.layers, self.norms, self.shifts, self.last = reading.layers, reading.norms, reading.shifts, reading.last
+        found = reading.inventory
+        self.layers, self.norms, self.shifts, self.last = found.layers, found.norms, found.shifts, reading.last
         self.neurons, self.classes, self._steps = reading.follower.neurons, reading.last.shape[0], reading.steps
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
@@ -89,13 +90,23 @@ class ComputationGraph:
         """The module's own parameters and buffers of floating point, by name, as float32."""
         return {name: tensor.detach().float() for name, tensor in self.state().items() if is_float(tensor)}
 
-    def run(self, images: Tensor, weights: dict[str, Tensor], batch_statistics: bool = False) -> Tensor:
+    def run(
+        self, images: Tensor, weights: dict[str, Tensor], batch_statistics: bool = False, see: Callable | None = None
+    ) -> Tensor:  # fmt: skip
         """The logits [N, classes] of images, of the example's shape, with these weights; others are the module's own.
 
         With `batch_statistics` norms use those of the images, as in training, in the place of their running ones.
+        `see(call, outputs)` is shown what each call gives.
         """
         weights = self._own(images, but=weights) | weights
-        return self._forward(images, weights, lambda call, inputs: call.of(weights, inputs, batch_statistics))
+
+        def compute(call: Call, inputs: Tensor) -> Tensor:
+            outputs = call.of(weights, inputs, batch_statistics)
+            if see is not None:
+                see(call, outputs)
+            return outputs
+
+        return self._forward(images, weights, compute)
 
     def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
         """The logits of images, of the example's shape, while the weights are written.
@@ -163,17 +174,15 @@ class ComputationGraph:
     def _try_formats(self, formats: Collection[InputFormat], precision: torch.dtype | None, run: Callable):
         """What `run(inputs, reading)` returns for inputs of the first of the `formats` that the module takes.
 
-        They are on the CPU and in single precision, as its parameters are made, or else on its device, and in its own
-        precision, of which the inputs have `precision`, or that of the first parameter.
+        They are in single precision, as its parameters are made, or else in its own, in which the inputs are of
+        `precision`, or of that of its first parameter.
         """
-        own = [tensor for tensor in self.module.parameters() if tensor.dtype.is_floating_point]
-        ways: list[tuple] = [(None, torch.device("cpu"))]
-        if any((tensor.dtype, tensor.device) != (torch.float32, ways[0][1]) for tensor in own):
-            ways.append((precision or own[0].dtype, own[0].device))
-        for self.precision, device in ways:
+        own = [tensor.dtype for tensor in self.module.parameters() if tensor.dtype.is_floating_point]
+        other = any(dtype != torch.float32 for dtype in own)
+        for self.precision in [None, precision or own[0]] if other else [None]:
             failures = []
             for self.format in formats:
-                inputs, reading = self._given(self.example.to(device, torch.float32)), Reading()
+                inputs, reading = self._given(self.example.to("cpu", torch.float32)), Reading()
                 try:
                     return run(inputs, reading)
                 except Refused:

@@ -50,16 +50,153 @@ class Step(NamedTuple):
     rewritten: Callable | None = None  # what computes the same from its arguments, by calls that are read themselves
 
 
-class Reading(Calls):
-    """A forward pass that is read, and what it has shown so far: its `steps`, and what has weights to be written."""
+class Inventory:
+    """What has weights to be written in a forward pass, found call by call: its layers, norms, shifts and gains."""
 
-    def __init__(self):
-        super().__init__(self.call, self.follow)
-        self.curves = Curves()
-        self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
+    def __init__(self, follower: Follower):
+        self.follower, self.curves = follower, Curves()
         self.layers: list[Layer] = []
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
+
+    def note_activations(self, curves: ByLayer) -> None:
+        """Layers are followed by functions of these curves. Of several ways on, the first counts that is a function."""
+        for layer, curve in curves.items():
+            if curve is not None and self.layers[layer].activation is None and not torch.equal(curve, identity()):
+                self.layers[layer].activation = tuple(curve.float().tolist())
+
+    def layer(self, kind: Kind, function: Callable, given: dict, result: Tensor) -> Layer:
+        """The layer that a call is, which gave this `result`; raises Refused if its weight is used in another way."""
+        numbers = self.follower.numbers(given["input"])
+        weight, bias = (self.follower.parameter(given.get(name)) for name in ("weight", "bias"))
+        own = given["weight"]
+        if kind.transposed:
+            weight = weight.moved(self.follower.parameters[weight.name], torch.arange(own.numel()).view(own.shape).T)
+        options = {}
+        if kind.is_convolution:
+            options = {name: given.get(name, default) for name, default in DEFAULTS.items()}
+            sides = own.dim() - 2
+            options |= {name: per_side(options[name], sides) for name in ("stride", "padding", "dilation")}
+        layer = next((layer for layer in self.layers if layer.weight.meets(weight)), None)
+        if layer is None:
+            layer = self._new_layer(kind, given, options, numbers, result, weight, bias)
+        elif (layer.weight, layer.bias, layer.options) != (weight, bias, options):
+            raise Refused(
+                f"{name_of(function)} takes {weight.name} again, in another way, which is not supported{place_of()}"
+            )
+        layer.sources |= numbers.sources
+        self.note_activations(self.curves.of(given["input"]))
+        self.curves.set(result, {layer.index: identity()})
+        for source in numbers.sources - {-1}:
+            if all(layer is not reader for reader in self.layers[source].readers):
+                self.layers[source].readers.append(layer)
+        self._number(kind, layer, numbers, result)
+        return layer
+
+    def _number(self, kind: Kind, layer: Layer, read: Numbers, result: Tensor) -> None:
+        """What comes out is of the layer's neurons, at the places where it `read`."""
+        axis = kind.axis % result.dim()
+        shape = [-1 if place == axis else 1 for place in range(result.dim())]
+        codes = self.follower.neurons.codes[layer.first_neuron : layer.first_neuron + layer.shape[0]].view(shape)
+        if kind.is_convolution:
+            sides = [1] * (4 - result.dim()) + list(result.shape[2:])
+            y, x = torch.meshgrid(*map(middles, sides), indexing="ij")
+            y, x = (place.reshape(result.shape[2:]) for place in (y, x))
+        else:
+            y, x = (place.mean(-1, keepdim=True) for place in (read.y, read.x))
+        expanded = [tensor.expand(result.shape) for tensor in (codes, y, x)]
+        self.follower.number(result, Numbers(*expanded, read.depth + 1, frozenset([layer.index])))
+
+    def _new_layer(
+        self, kind: Kind, given: dict, options: dict, numbers: Numbers, result: Tensor, weight: Part, bias: Part | None
+    ) -> Layer:
+        neurons, shape = self.follower.neurons, tuple(given["weight"].shape)
+        if kind.is_convolution:
+            channels, places, grid, order = read_channels(numbers)
+            window, side, resolution = shape[2:], side_of(given["input"].shape[2:]), side_of(result.shape[2:])
+        else:
+            channels, places, grid, order = read_features(numbers)
+            window, side, resolution = None, 1, result.numel() // result.shape[-1] // 2  # tokens of each of two images
+            windows = find_windows(numbers, order, len(grid))
+            if windows is not None:
+                window, order, side, resolution = windows.sides, windows.order, windows.map_side, windows.across
+                options = {"stride": windows.stride}
+        from_maps = any(self.layers[source].resolution > 1 for source in numbers.sources - {-1})
+        pooled = from_maps and resolution == 1 and grid is not None and len(grid) == 1
+        layer = Layer(
+            name=weight.name.removesuffix(".weight"), weight=weight, bias=bias, options=options,
+            shape=shape[::-1] if kind.transposed else shape, channels=neurons.numbers(channels), places=places,
+            grid=grid, order=order, depth=numbers.depth, sources=numbers.sources, window=window, resolution=resolution,
+            side=side, index=len(self.layers), first_neuron=len(neurons.codes), pooled=pooled,
+        )  # fmt: skip
+        neurons.add(layer.shape[0], layer=layer.index)
+        self.layers.append(layer)
+        return layer
+
+    def shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
+        """The shift or gain by a parameter of activations of as many neurons, if it is such a one."""
+        part = self.follower.parameter(parameter)
+        if parameter.dim() == activations.dim() and len(parameter) > 1 and (part.index == part.index[:1]).all():
+            # The same for every input of the batch: expanded, or repeated.
+            parameter, part = parameter[:1], replace(part, index=part.index[:1])
+        shift = next((shift for shift in self.shifts if shift.part == part and type(shift) is by_element), None)
+        lies = where_it_lies(parameter, self.follower.numbers(activations)) if shift is None else None
+        if lies is not None:
+            axis, codes, places = lies
+            neurons = self.follower.neurons.numbers(codes)
+            shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape))
+            self.shifts.append(shift)
+        return shift
+
+    def norm(self, kind: Kind, function: Callable, given: dict, result: Tensor) -> Norm | None:
+        """The norm that a call is, which gave this `result`; None if what it takes is not to be written."""
+        numbers = self.follower.numbers(given["input"])
+        tensors = {name: given[name] for name in (*STATISTICS, "weight", "bias") if given.get(name) is not None}
+        parts = {name: self.follower.part(tensor) for name, tensor in tensors.items()}
+        if None in parts.values():
+            return None
+        affine = [parts[name] for name in ("weight", "bias") if name in parts]
+        frozen = bool(affine) and all(part.frozen for part in affine)  # then so are its statistics
+        parts |= {name: replace(parts[name], frozen=frozen) for name in STATISTICS if name in parts}
+        axis = 1 if kind.axis == 1 else -len(given["normalized_shape"])
+        codes = numbers.codes.movedim(axis, 0).flatten(1)[:, 0]
+        settings = {name: value for name, value in given.items() if name not in {"input", *tensors}}
+        norm = next((norm for norm in self.norms if parts and norm.parameters == parts), None)
+        if norm is None:
+            name = next(iter(parts.values())).name.rpartition(".")[0] if parts else name_of(function)
+            places = tuple(given["normalized_shape"][1:]) if kind.axis == -1 else ()
+            neurons = self.follower.neurons.numbers(codes)
+            norm = Norm(name, function, settings, parts, neurons, axis, places, kind.by_inputs, numbers.sources)
+            self.norms.append(norm)
+        elif (norm.function, norm.settings) != (function, settings):
+            raise Refused(f"{name_of(function)} takes {norm.name} again, in another way, not supported{place_of()}")
+        norm.sources |= numbers.sources
+        self.note_activations(self.curves.of(given["input"]))
+        self.curves.set(result, {source: identity() for source in numbers.sources - {-1}})
+        for source in numbers.sources - {-1}:
+            self.layers[source].normalised = True
+        self.follower.number(result, numbers)
+        return norm
+
+    def keep_what_reaches(self, last: Layer) -> None:
+        """Leave out layers on side ways, such as those that say where an image is looked at: they stay as they are."""
+        reached = reaching(last, self.layers)
+        for layer in self.layers:
+            layer.readers = [reader for reader in layer.readers if reader.index in reached]
+        self.layers = [layer for layer in self.layers if layer.index in reached]
+        self.norms = [norm for norm in self.norms if norm.sources & reached]
+
+    @property
+    def all(self) -> list[Call]:
+        return [*self.layers, *self.norms, *self.shifts]
+
+
+class Reading(Calls):
+    """A forward pass that is read: its `steps`, and in the `inventory` what has weights to be written."""
+
+    def __init__(self):
+        super().__init__(self.call, self.follow)
+        self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
         self.steps: list[Step] = []
         self.last: Layer | None = None
 
@@ -70,13 +207,14 @@ class Reading(Calls):
         """Follow `inputs` of this format, whose axes are `axes`, through a pass with these `parameters`, copies of the
         `originals`, some of them `buffers`."""
         self.follower = Follower(parameters, originals, buffers)
+        self.inventory = Inventory(self.follower)
         self.channels = format.size("C", axes)
         self.follower.number(inputs, format.numbers(inputs, axes, self.follower.neurons.add(self.channels)))
 
     @property
     def tells_channels_apart(self) -> bool:
         """Whether what each layer reads of the inputs is a channel of them, not a mixture or a part of one."""
-        readers = [layer for layer in self.layers if -1 in layer.sources]
+        readers = [layer for layer in self.inventory.layers if -1 in layer.sources]
         return all(layer.places is None and layer.channels.shape[1] == 1 for layer in readers)
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
@@ -97,14 +235,8 @@ class Reading(Calls):
         if any(follower.numbers(leaf) for leaf in leaves):
             self.makers |= dict.fromkeys(map(id, outputs), f"{name_of(function)}{place_of()}")
         carries = moves or function in CONTRACTIONS  # which are linear in each of their operands
-        ended = self.curves.follow(function, args, kwargs, outputs, carries, follower.numbers)
-        self._note_activations(ended)
-
-    def _note_activations(self, curves: ByLayer) -> None:
-        """Layers are followed by functions of these curves. Of several ways on, the first counts that is a function."""
-        for layer, curve in curves.items():
-            if curve is not None and self.layers[layer].activation is None and not torch.equal(curve, identity()):
-                self.layers[layer].activation = tuple(curve.float().tolist())
+        ended = self.inventory.curves.follow(function, args, kwargs, outputs, carries, follower.numbers)
+        self.inventory.note_activations(ended)
 
     def call(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
         """Read a call that may be a layer, a norm, a shift or a gain, and compute it."""
@@ -125,15 +257,19 @@ class Reading(Calls):
         result = function(*args, **kwargs)
         found = None
         if numbers is not None and kind.is_norm:
-            found = self._read_norm(kind, function, given, numbers, result)
-        elif numbers is not None and weight is not None and follower.parameter(weight) is not None:
-            found = self._read_layer(kind, function, given, numbers, result)
+            found = self.inventory.norm(kind, function, given, result)
+        elif numbers is not None and self._can_be_written(kind, weight):
+            found = self.inventory.layer(kind, function, given, result)
         self.steps.append(Step(function, found))
         if found is None:
             self.follow(function, args, kwargs, result)
             if numbers is not None and weight is not None and not kind.is_norm:
                 self._number_unwritten(kind, function, weight, result)
         return result
+
+    def _can_be_written(self, kind: Kind, weight) -> bool:
+        """Whether this is the weight of a layer, and a parameter."""
+        return self.follower.parameter(weight) is not None and (kind.is_convolution or weight.dim() == 2)
 
     def _weight_of(self, product: products.Product) -> int | None:
         """Which of the operands of a product is a weight that is to be written, if it is one of linear layers."""
@@ -166,97 +302,17 @@ class Reading(Calls):
         shift = None
         if name is not None:
             activations, parameter = given[name], given["other" if name == "input" else "input"]
-            shift = self._read_shift(kind.by_element, parameter, activations)
+            shift = self.inventory.shift(kind.by_element, parameter, activations)
         self.steps.append(Step(function, shift, name or "input"))
         if shift is None:
             result = function(*args, **kwargs)
             self.follow(function, args, kwargs, result)
             return result
-        numbers, curves = self.follower.numbers(activations), self.curves.of(activations)
+        numbers, curves = self.follower.numbers(activations), self.inventory.curves.of(activations)
         result = function(*args, **kwargs)  # which may be the activations themselves, changed
         self.follower.number(result, numbers)
-        self.curves.set(result, curves)
+        self.inventory.curves.set(result, curves)
         return result
-
-    def _read_layer(self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor) -> Layer:
-        weight, bias = (self.follower.parameter(given.get(name)) for name in ("weight", "bias"))
-        own = given["weight"]
-        if not kind.is_convolution and own.dim() != 2:
-            raise Refused(f"{name_of(function)} with a weight of {own.dim()} dimensions is not supported{place_of()}")
-        if kind.transposed:
-            weight = weight.moved(self.follower.parameters[weight.name], torch.arange(own.numel()).view(own.shape).T)
-        options = {}
-        if kind.is_convolution:
-            options = {name: given.get(name, default) for name, default in DEFAULTS.items()}
-            sides = own.dim() - 2
-            options |= {name: per_side(options[name], sides) for name in ("stride", "padding", "dilation")}
-        layer = next((layer for layer in self.layers if layer.weight.meets(weight)), None)
-        if layer is None:
-            layer = self._new_layer(kind, given, options, numbers, result, weight, bias)
-        elif (layer.weight, layer.bias, layer.options) != (weight, bias, options):
-            raise Refused(
-                f"{name_of(function)} takes {weight.name} again, in another way, which is not supported{place_of()}"
-            )
-        layer.sources |= numbers.sources
-        self._note_activations(self.curves.of(given["input"]))
-        self.curves.set(result, {layer.index: identity()})
-        for source in numbers.sources - {-1}:
-            if all(layer is not reader for reader in self.layers[source].readers):
-                self.layers[source].readers.append(layer)
-        # What comes out is of the layer's neurons, at the places where it reads.
-        axis = kind.axis % result.dim()
-        shape = [-1 if place == axis else 1 for place in range(result.dim())]
-        codes = self.follower.neurons.codes[layer.first_neuron : layer.first_neuron + layer.shape[0]].view(shape)
-        if kind.is_convolution:
-            sides = [1] * (4 - result.dim()) + list(result.shape[2:])
-            y, x = torch.meshgrid(*map(middles, sides), indexing="ij")
-            y, x = (place.reshape(result.shape[2:]) for place in (y, x))
-        else:
-            y, x = (place.mean(-1, keepdim=True) for place in (numbers.y, numbers.x))
-        expanded = [tensor.expand(result.shape) for tensor in (codes, y, x)]
-        self.follower.number(result, Numbers(*expanded, numbers.depth + 1, frozenset([layer.index])))
-        return layer
-
-    def _new_layer(
-        self, kind: Kind, given: dict, options: dict, numbers: Numbers, result: Tensor, weight: Part, bias: Part | None
-    ) -> Layer:
-        neurons, shape = self.follower.neurons, tuple(given["weight"].shape)
-        if kind.is_convolution:
-            channels, places, grid, order = read_channels(numbers)
-            window, side, resolution = shape[2:], side_of(given["input"].shape[2:]), side_of(result.shape[2:])
-        else:
-            channels, places, grid, order = read_features(numbers)
-            window, side, resolution = None, 1, result.numel() // result.shape[-1] // 2  # tokens of each of two images
-            windows = find_windows(numbers, order, len(grid))
-            if windows is not None:
-                window, order, side, resolution = windows.sides, windows.order, windows.map_side, windows.across
-                options = {"stride": windows.stride}
-        read = [self.layers[source] for source in numbers.sources - {-1}]
-        layer = Layer(
-            name=weight.name.removesuffix(".weight"),
-            weight=weight,
-            bias=bias,
-            shape=shape[::-1] if kind.transposed else shape,
-            options=options,
-            channels=neurons.numbers(channels),
-            places=places,
-            grid=grid,
-            order=order,
-            depth=numbers.depth,
-            sources=numbers.sources,
-            window=window,
-            resolution=resolution,
-            side=side,
-            index=len(self.layers),
-            first_neuron=len(neurons.codes),
-            pooled=resolution == 1
-            and grid is not None
-            and len(grid) == 1
-            and any(source.resolution > 1 for source in read),
-        )
-        neurons.add(layer.shape[0], layer=layer.index)
-        self.layers.append(layer)
-        return layer
 
     def _activations_beside(self, kind: Kind, given: dict) -> str | None:
         """Which argument of a sum or product are activations, if the other is a parameter."""
@@ -264,52 +320,6 @@ class Reading(Calls):
             if self.follower.numbers(given.get(name)) and self.follower.parameter(given.get(other)):
                 return name if given.keys() == {"input", "other"} and (kind.commutes or name == "input") else None
         return None
-
-    def _read_shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
-        """The shift or gain by a parameter of activations of as many neurons, if it is such a one."""
-        part = self.follower.parameter(parameter)
-        if parameter.dim() == activations.dim() and len(parameter) > 1 and (part.index == part.index[:1]).all():
-            # The same for every input of the batch: expanded, or repeated.
-            parameter, part = parameter[:1], replace(part, index=part.index[:1])
-        shift = next((shift for shift in self.shifts if shift.part == part and type(shift) is by_element), None)
-        lies = where_it_lies(parameter, self.follower.numbers(activations)) if shift is None else None
-        if lies is not None:
-            axis, codes, places = lies
-            neurons = self.follower.neurons.numbers(codes)
-            shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape))
-            self.shifts.append(shift)
-        return shift
-
-    def _read_norm(
-        self, kind: Kind, function: Callable, given: dict, numbers: Numbers, result: Tensor
-    ) -> Norm | None:  # fmt: skip
-        """The norm that a call is, if what it takes is to be written."""
-        tensors = {name: given[name] for name in (*STATISTICS, "weight", "bias") if given.get(name) is not None}
-        parts = {name: self.follower.part(tensor) for name, tensor in tensors.items()}
-        if None in parts.values():
-            return None
-        affine = [parts[name] for name in ("weight", "bias") if name in parts]
-        frozen = bool(affine) and all(part.frozen for part in affine)  # then so are its statistics
-        parts |= {name: replace(parts[name], frozen=frozen) for name in STATISTICS if name in parts}
-        axis = 1 if kind.axis == 1 else -len(given["normalized_shape"])
-        codes = numbers.codes.movedim(axis, 0).flatten(1)[:, 0]
-        settings = {name: value for name, value in given.items() if name not in {"input", *tensors}}
-        norm = next((norm for norm in self.norms if parts and norm.parameters == parts), None)
-        if norm is None:
-            name = next(iter(parts.values())).name.rpartition(".")[0] if parts else name_of(function)
-            places = tuple(given["normalized_shape"][1:]) if kind.axis == -1 else ()
-            neurons = self.follower.neurons.numbers(codes)
-            norm = Norm(name, function, settings, parts, neurons, axis, places, kind.by_inputs, numbers.sources)
-            self.norms.append(norm)
-        elif (norm.function, norm.settings) != (function, settings):
-            raise Refused(f"{name_of(function)} takes {norm.name} again, in another way, not supported{place_of()}")
-        norm.sources |= numbers.sources
-        self._note_activations(self.curves.of(given["input"]))
-        self.curves.set(result, {source: identity() for source in numbers.sources - {-1}})
-        for source in numbers.sources - {-1}:
-            self.layers[source].normalised = True
-        self.follower.number(result, numbers)
-        return norm
 
     def finish(self, output, name: str) -> None:
         """Find the layer whose outputs are the classes in what the module, of this `name`, returns."""
@@ -325,7 +335,8 @@ class Reading(Calls):
             made = self.makers.get(id(logits), "")
             raise Refused(f"{name}: its output{made and f', of {made},'} cannot be followed back to what it is given")
         found = self.follower.neurons.numbers(numbers.codes[0])
-        for layer in self.layers:
+        inventory = self.inventory
+        for layer in inventory.layers:
             if torch.equal(found, torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])):
                 layer.last, self.last = True, layer
         if self.last is None:
@@ -334,16 +345,11 @@ class Reading(Calls):
                 f"{name}: the output must be that of one layer, the classes, averaged and scaled at most"
                 f"{made and f'; it is of {made}'}"
             )
-        self._note_activations(self.curves.of(logits))
-        for call in (*self.norms, *self.shifts):
+        inventory.note_activations(inventory.curves.of(logits))
+        for call in (*inventory.norms, *inventory.shifts):
             call.of_last = bool(torch.isin(call.channels, found).any())
-        # Layers on side ways, such as those that say where an image is looked at, are left as they are.
-        reached = reaching(self.last, self.layers)
-        for layer in self.layers:
-            layer.readers = [reader for reader in layer.readers if reader.index in reached]
-        self.layers = [layer for layer in self.layers if layer.index in reached]
-        self.norms = [norm for norm in self.norms if norm.sources & reached]
-        kept = {id(call) for call in (*self.layers, *self.norms, *self.shifts)}
+        inventory.keep_what_reaches(self.last)
+        kept = {id(call) for call in inventory.all}
         self.steps = [step if id(step.found) in kept else step._replace(found=None) for step in self.steps]
 
 

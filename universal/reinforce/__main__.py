@@ -17,15 +17,40 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scripting import add_data_options, add_training_options, option_parser, run_script, run_to_end, start_processes
+from scripting import (
+    add_data_options,
+    add_training_options,
+    number,
+    option_parser,
+    run_script,
+    run_to_end,
+    start_processes,
+)
 from universal.builders import MODEL_HELP
-from universal.model.synthesizer import load_synthesizer, save_synthesizer
-from universal.reinforce.reinforcement import Reinforcement, add_search_options
+from universal.model.synthesizer import SYNTHESIZER, load_synthesizer, save_synthesizer
+from universal.reinforce.reinforcement import Reinforcement
+from universal.reinforce.rewards import REWARDS
 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Improve a synthesiser by trial and error.", seed=0)
-    add_search_options(parser)
+    parser.add_argument(
+        "--reward",
+        required=True,
+        default=argparse.SUPPRESS,
+        help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward (required)",
+    )
+    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the synthesiser to start from")
+    parser.add_argument(
+        "--evaluations", type=number(int, 1, 10**9), default=4000, help="networks to write and reward, at most"
+    )
+    parser.add_argument("--candidates", type=number(int, 4, 10_000), default=20, help="tried in each generation")
+    parser.add_argument("--networks", type=number(int, 1, 1000), default=2, help="that each candidate writes")
+    parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="training images for each network")
+    parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
+    parser.add_argument(
+        "--scalars", action="store_true", help="search the writer's scalars too, not only how weights are spread"
+    )
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: random architectures)")
     add_training_options(parser, report_every=10, checkpoint="reinforcement.pth", out=Path("reinforced.pth"))
     add_data_options(parser)
@@ -37,8 +62,7 @@ def main() -> None:
     options = parse_options()
     rank, processes = start_processes(options.device)
     reinforcement = Reinforcement(options, load_synthesizer(options.synthesizer), rank, processes)
-    reinforcement.resume()
-    run_to_end(reinforcement, reinforcement.steps, options.report_every, rank)
+    run_to_end(reinforcement, "python -m universal.reinforce", rank, unit="generation")
     if rank == 0:
         synthesizer = reinforcement.result().cpu()
         synthesizer.seconds["training"] = synthesizer.seconds.get("training", 0.0) + reinforcement.seconds

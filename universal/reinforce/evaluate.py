@@ -15,13 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripting import add_data_options, number, option_parser, run_script, table
+from scripting import (
+    add_data_options,
+    mean_and_range,
+    number,
+    option_parser,
+    run_script,
+    summary_statistics,
+    table,
+)
 from target_cnn import CHECKPOINTS, Dataset, TargetCNN, find_runs, load_run, load_weights, scoring_data
 from universal.evaluation.networks import EVALUATED
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import Logits
+from universal.reinforce.candidates import graph_of, written
 from universal.reinforce.rewards import ROUNDINGS, score_after
-from universal.reinforce.trials import graph_of, written
 
 NETWORKS = ("TargetCNN", "half width", "double width")
 FULL = "full precision"
@@ -58,7 +66,8 @@ def main() -> None:
             means.append([weights, *map(fmean, found)])
             copies = (Logits(graph, load_weights(TargetCNN(), each).to(options.device)) for each in trained)
             found.append(accuracies(copies, ROUNDINGS.get(weights), data) if name == "TargetCNN" else [])
-            rows.append([name, weights, *map(spread, found)])
+            cells = (mean_and_range(summary_statistics(values)) if values else "-" for values in found)
+            rows.append([name, weights, *cells])
     print(f"Accuracy on {len(data.labels):,} images (%), mean and range over {options.inits} unseen inits:")
     print(table(["Network", "Weights", "Before", "After", "Trained"], rows))
     if options.all:
@@ -74,11 +83,6 @@ def trained_networks(checkpoints: Path) -> list[Tensor]:
 def accuracies(networks: Iterable[Logits | None], rounding: Callable | None, data: Dataset) -> list[float]:
     """In %, after `rounding`. A network that breaks classifies nothing."""
     return [0.0 if network is None else score_after(rounding, network, data).accuracy_percent for network in networks]
-
-
-def spread(values: list[float]) -> str:
-    """The mean of accuracies, and their smallest and largest."""
-    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "-"
 
 
 if __name__ == "__main__":

@@ -2,50 +2,26 @@
 
 import argparse
 import random
-import time
-from pathlib import Path
 from statistics import fmean
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scripting import UserError, number, resume_training, save_training
+from scripting import UserError
 from target_cnn import TargetCNN, scoring_data, training_data
 from universal.builders import load_builder
-from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer
+from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.model.tuning import SPREAD
-from universal.reinforce.rewards import REWARDS, load_reward, score_after
+from universal.reinforce.candidates import draw_trials, graph_of, try_candidate, with_tuning, written
+from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
-from universal.reinforce.trials import draw_trials, graph_of, try_candidate, with_tuning, written
 
 REPORTED_INITS = 3  # whose networks are scored in reports
-MAKER = "python -m universal.reinforce"
-
-
-def add_search_options(parser: argparse.ArgumentParser) -> None:
-    """The options of a script that searches."""
-    parser.add_argument(
-        "--reward",
-        required=True,
-        default=argparse.SUPPRESS,
-        help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward (required)",
-    )
-    parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the synthesiser to start from")
-    parser.add_argument(
-        "--evaluations", type=number(int, 1, 10**9), default=4000, help="networks to write and reward, at most"
-    )
-    parser.add_argument("--candidates", type=number(int, 4, 10_000), default=20, help="tried in each generation")
-    parser.add_argument("--networks", type=number(int, 1, 1000), default=2, help="that each candidate writes")
-    parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="training images for each network")
-    parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
-    parser.add_argument(
-        "--scalars", action="store_true", help="search the writer's scalars too, not only how weights are spread"
-    )
 
 
 class Reinforcement:
-    """The state of a search: what a step, a generation of candidates, changes, and how it is saved and restored.
+    """The state of a search, for `run_to_end`: what a step, a generation of candidates, changes.
 
     Raises UserError if there is no such reward or model, if the model cannot be read, or if the evaluations do not
     suffice for a step.
@@ -77,7 +53,7 @@ class Reinforcement:
 
     def run(self, until: int) -> None:
         """Search up to step `until`. Raises UserError if the reward fails."""
-        options, start = self.options, time.perf_counter()
+        options = self.options
         while self.step < until:
             # A seed of its own for every generation, the same in all processes.
             drawn = random.Random(f"{options.seed} {self.step}")
@@ -94,7 +70,6 @@ class Reinforcement:
             self.search.tell(rewards)
             self.latest = rewards
             self.step += 1
-        self.seconds += time.perf_counter() - start
 
     def offsets(self, moved: Tensor) -> Tensor:
         """The offsets of a synthesiser, those that are searched `moved` so far, flat, from where they were."""
@@ -113,7 +88,7 @@ class Reinforcement:
         """How many networks have been written and rewarded."""
         return self.step * self.options.candidates * self.options.networks
 
-    def report(self) -> None:
+    def report(self, minutes_left: float) -> None:
         """Print the progress, with the mean accuracy on validation images of networks that the latest mean writes."""
         validation = self.validation[self.validation.labels < self.reported.classes]
         networks = [written(self.result(), self.reported, seed) for seed in range(REPORTED_INITS)]
@@ -121,11 +96,10 @@ class Reinforcement:
             float("nan") if network is None else score_after(self.reward.rounding, network, validation).accuracy_percent
             for network in networks
         )
-        minutes = self.seconds / self.step * (self.steps - self.step) / 60
         print(
             f"Evaluation {self.evaluations}/{self.evaluations // self.step * self.steps}: "
             f"Median Reward = {self.latest.median():.4f}, Validation Accuracy = {accuracy:5.2f}%, "
-            f"Time Left = {minutes:.1f} min",
+            f"Time Left = {minutes_left:.1f} min",
             flush=True,
         )
 
@@ -137,13 +111,6 @@ class Reinforcement:
         )  # fmt: skip
         return {name: str(getattr(self.options, name)) for name in names}
 
-    def save(self) -> None:
-        """Save the state. Raises UserError if it cannot be written."""
-        save_training(self.options.checkpoint, self.settings(), self.step, self.seconds, {"search": self.search})
-
-    def resume(self) -> None:
-        """Go on from the saved state, if there is one. Raises UserError if it is broken or of other options."""
-        path = self.options.checkpoint
-        self.step, self.seconds = resume_training(path, self.settings(), {"search": self.search}, MAKER)
-        if self.step and self.rank == 0:
-            print(f"Going on from generation {self.step}, saved in {path}", flush=True)
+    def parts(self) -> dict:
+        """What has a state_dict."""
+        return {"search": self.search}

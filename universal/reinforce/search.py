@@ -1,4 +1,4 @@
-"""The search: evolution strategies that ask for candidates and are told what they are worth, and nothing else."""
+"""The search: it asks for candidates, is told what they are worth, and nothing else."""
 
 import numpy as np
 import torch
@@ -58,36 +58,3 @@ class CovarianceSearch:
                 raise ValueError(f"rewards of {len(rewards)} candidates, not of {self.candidates}")
             self.ask()
             self.tell(rewards)
-
-
-class WeightSearch:
-    """The evolution strategy of Salimans et al. (2017, arXiv 1703.03864) around a vector too long for a covariance.
-
-    Candidates come in antithetic pairs, deviate by `deviations`, [dimension], and move the `mean` by Adam, according to
-    their ranks.
-    """
-
-    def __init__(self, mean: Tensor, deviations: Tensor, candidates: int, lr: float, seed: int):
-        self.pairs, self.deviations = candidates // 2, deviations
-        self.unit = torch.nn.Parameter(torch.zeros_like(mean))  # the way from the first mean, in deviations
-        self.first = mean
-        self.adam = torch.optim.Adam([self.unit], lr=lr)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def ask(self) -> Tensor:
-        """New candidates, [candidates, dimension]."""
-        noise = torch.randn(self.pairs, len(self.first), generator=self.generator)
-        self.noise = torch.cat([noise, -noise])
-        return self.mean + self.deviations * self.noise
-
-    def tell(self, rewards: Tensor) -> None:
-        """What the candidates that were asked for are worth, [candidates, networks]."""
-        places = ranks(rewards)
-        shaped = (places / (len(places) - 1) - 0.5).float()
-        self.unit.grad = shaped @ self.noise / len(places)
-        self.adam.step()
-
-    @property
-    def mean(self) -> Tensor:
-        """What the search has come to, [dimension]."""
-        return self.first + self.deviations * self.unit.detach()

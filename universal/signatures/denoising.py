@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripting import UserError, load_file
+from scripting import load_file, refused_as
 from universal.signatures.matrices import batch_of
 
 DENOISER = Path(__file__).resolve().parent / "denoiser.pth"
@@ -190,9 +190,7 @@ def against_best(found: dict[str, float]) -> float:
 def load_denoiser(path: Path = DENOISER) -> Denoiser:
     """The denoiser saved at `path`. Raises UserError if there is none, or it is damaged."""
     content = load_file(path, maker=MAKER)
-    try:
+    with refused_as(f"{path}: not a denoiser of weights, or damaged: make it again with {MAKER}"):
         denoiser = Denoiser(**content["settings"])
         denoiser.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a denoiser of weights, or damaged: make it again with {MAKER}") from error
     return denoiser.eval()

@@ -1,5 +1,7 @@
 """The weights in anyone's files: PyTorch's, safetensors, NumPy's and ONNX. Nothing in them is ever executed."""
 
+import hashlib
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -10,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripting import MissingPackage, UserError, in_short, load_file, one_line
+from scripting import HARMLESS, MissingPackage, UserError, in_short, leaves, load_file, one_line, refused_as
+from universal.signatures.parts import dequantised, put_together
 
 MAKER = "the program that wrote it"  # of these files
 
@@ -38,6 +41,8 @@ def files_below(path: Path) -> list[Path]:
         return files
     if not path.exists():
         raise UserError(f"{path}: no such file or directory: give the path of a file of weights")
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{path}: not a regular file: give the path of a file of weights")
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: not a file of weights ({', '.join(READERS)}): give another one")
     return [path]
@@ -46,70 +51,86 @@ def files_below(path: Path) -> list[Path]:
 def read_weights(path: Path) -> Contents:
     """The weights in a file, in their order.
 
-    Vectors, indices and flags are passed over; what else is no weight is left out by name. Raises UserError if the file
-    cannot be read, and NoWeights if it holds none.
+    Vectors and flags are passed over; what else is no weight is left out by name. Raises UserError if the file cannot
+    be read, and NoWeights if it holds none.
     """
-    weights, left_out = {}, {}
+    stored: dict[str, Tensor | str] = {}
+    left_out: dict[str, str] = {}
     try:
         for name, tensor in READERS[path.suffix.lower()](path, left_out):
             name = one_line("".join(letter for letter in name if letter.isprintable()))
-            if isinstance(tensor, str):
-                left_out[name] = tensor
-            elif any(part.startswith("optimi") for part in name.lower().split(".")) or name.endswith(MOMENTS):
+            if any(part.startswith("optimi") for part in name.lower().split(".")) or name.endswith(MOMENTS):
                 left_out["(optimiser)"] = "the state of an optimiser"
-            elif tensor.dim() >= 2 and tensor.numel():
-                reason = why_no_weight(tensor)
-                if reason is None:
-                    weights[name] = tensor.float()
-                elif reason:
-                    left_out[name] = reason
+            else:
+                stored[name] = tensor
     except UserError:
         raise
     except Exception as error:  # whatever broken or hostile bytes lead to
         raise UserError(f"{path}: is damaged ({in_short(error)}): make it again with {MAKER}") from error
+    weights: dict[str, Tensor] = {}
+    names: dict[bytes, str] = {}  # by what the weights are
+    for name, tensor in put_together(stored).items():
+        weight = weight_of(tensor)
+        if isinstance(weight, Tensor):
+            same = names.setdefault(hashlib.sha256(weight.contiguous().numpy()).digest(), name)
+            weight = f"the same as {same}" if same != name else weight
+        if isinstance(weight, Tensor):
+            weights[name] = weight
+        elif weight:
+            left_out[name] = weight
     if not weights:
         why = f" ({'; '.join(f'{name}: {reason}' for name, reason in list(left_out.items())[:3])})" if left_out else ""
         raise NoWeights(f"{path}: holds no weights{why}: give a file with floating-point tensors of 2 axes or more")
     return Contents(weights, left_out)
 
 
-def why_no_weight(tensor: Tensor) -> str | None:
-    """Why a tensor of two axes or more is not a weight; empty where that goes without saying, None if it is one."""
-    if tensor.is_complex():
-        return "complex numbers"
-    if not tensor.is_floating_point():
-        return "integers without scales" if tensor.dtype in (torch.int8, torch.uint8) else ""
-    tensor = tensor.float()
-    if not tensor.isfinite().all():
-        return "holds NaN or infinite weights"
-    return "constant" if tensor.min() == tensor.max() else None
+def weight_of(tensor: Tensor | str) -> Tensor | str:
+    """A tensor in single precision, or why it is no weight; empty where that goes without saying."""
+    if isinstance(tensor, str):
+        return tensor
+    if tensor.dim() < 2 or not tensor.numel() or tensor.dtype == torch.bool:
+        return ""
+    try:
+        if tensor.is_complex():
+            return "complex numbers"
+        values = tensor.float()
+        low, high = values.aminmax()
+        if not (low.isfinite() and high.isfinite()):  # NaN is the least and the largest of all
+            return "holds NaN or infinite weights"
+        if low == high:
+            return "constant"
+        if low == 0 and high == 1 and ((values == 0) | (values == 1)).all():
+            return "zeros and ones, as a mask has them"
+        return values if tensor.is_floating_point() else "integers, packed or without scales"
+    except (RuntimeError, MemoryError) as error:  # of types that torch cannot convert, or too large
+        return in_short(error)
 
 
 # Tensors by name, or why they cannot be used. A reader may also leave out something by itself.
 Found = Iterator[tuple[str, Tensor | str]]
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # as optimisers of PyTorch name them
+MOST_UNFOLDED = 2**28  # entries of a sparse tensor with all its zeros
 
 
 # ---- PyTorch --------------------------------------------------------------------------------------------------------
 
 
 def read_torch(path: Path, left_out: dict[str, str]) -> Found:
-    """What `torch.save` wrote: tensors in dictionaries and lists, however nested."""
+    """What `torch.save` wrote: tensors and arrays in dictionaries and lists, however nested."""
     try:
         content = load_file(path, maker=MAKER)
     except UserError:
         content = load_around_objects(path, left_out)
         if content is None:
             raise
-    yield from walk(content)
+    for name, value in leaves(content):
+        if isinstance(value, Tensor):
+            yield name, plain(value)
+        elif isinstance(value, np.ndarray):
+            yield name, from_numpy(value)
 
 
-# What rebuilds arrays, which may lie beside tensors; the module's name depends on the version that wrote them.
-NUMPY = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype} | {
-    f"numpy.{core}.multiarray.{name}": (getattr(np, "_core", None) or np.core).multiarray.__dict__[name]
-    for core in ("core", "_core")
-    for name in ("_reconstruct", "scalar")
-}
+# What arrays of any kind are made of.
 NUMPY_TYPES = [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
 
 
@@ -119,14 +140,15 @@ def load_around_objects(path: Path, left_out: dict[str, str]):
     No class or function that the file names is ever imported or called. None if the file cannot be read so either.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-            stand_ins = [(NUMPY.get(name) or type("Lifeless", (Lifeless,), {}), name) for name in names]
-            with torch.serialization.safe_globals([*stand_ins, *NUMPY_TYPES]):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals([*HARMLESS, *NUMPY_TYPES]),
+        ):
+            objects = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            with torch.serialization.safe_globals([(type("Lifeless", (Lifeless,), {}), name) for name in objects]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whatever broken bytes lead to
         return None
-    objects = [name for name in names if name not in NUMPY]
     if objects:
         left_out["(objects)"] = f"Python objects, which are never executed: {', '.join(objects[:3])}"
     return content
@@ -139,22 +161,6 @@ class Lifeless:
         return OrderedDict()  # to which the state of an object may be added, unlike to other dictionaries
 
 
-def walk(content) -> Found:
-    """All tensors and arrays in nested dictionaries and lists, by their dotted names, each container once."""
-    waiting, seen = [("", content)], set()
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            yield name, plain(value)
-        elif isinstance(value, np.ndarray) and value.dtype in (np.float16, np.float32, np.float64):
-            yield name, torch.from_numpy(value.copy())
-        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
-            seen.add(id(value))
-            parts = value | vars(value) if isinstance(value, OrderedDict) else value
-            items = list(parts.items() if isinstance(parts, dict) else enumerate(parts))
-            waiting += [(f"{name}.{key}" if name else str(key), part) for key, part in reversed(items)]
-
-
 def plain(tensor: Tensor) -> Tensor | str:
     """A tensor of the usual layout, without gradient; or why there is none."""
     if tensor.is_meta:
@@ -163,7 +169,19 @@ def plain(tensor: Tensor) -> Tensor | str:
         return "a nested tensor"
     if tensor.is_quantized:
         return tensor.dequantize()
-    return (tensor if tensor.layout == torch.strided else tensor.to_dense()).detach()
+    if tensor.layout != torch.strided:
+        return tensor.to_dense().detach() if tensor.numel() <= MOST_UNFOLDED else "sparse, and too large without that"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "the same numbers again and again (expanded)"
+    return tensor.detach()
+
+
+def from_numpy(array: np.ndarray) -> Tensor | str:
+    """An array as a tensor, or why there is none."""
+    try:
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), ndmin=1))
+    except (ValueError, TypeError) as error:  # objects, or numbers that torch does not have
+        return str(error).split(":")[0]
 
 
 # ---- other formats --------------------------------------------------------------------------------------------------
@@ -173,17 +191,18 @@ def read_safetensors(path: Path, _) -> Found:
     yield from load_file(path, maker=MAKER).items()
 
 
-def read_npz(path: Path, _) -> Found:
-    """Arrays that `numpy.savez` wrote; pickled ones are left out."""
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except ValueError as error:  # whose text recommends to unpickle it
-        raise UserError(f"{path}: is damaged or not what its name says: make it again with {MAKER}") from error
-    with archive as arrays:
+def read_numpy(path: Path, _) -> Found:
+    """Arrays that `numpy.save` and `numpy.savez` wrote; pickled ones are left out."""
+    with refused_as(f"{path}: is damaged or not what its name says: make it again with {MAKER}"):
+        content = np.load(path, allow_pickle=False)  # whose errors recommend to unpickle it
+    if isinstance(content, np.ndarray):
+        yield path.stem, from_numpy(content)
+        return
+    with content as arrays:
         for name in arrays.files:
             try:
-                yield name, torch.from_numpy(np.atleast_1d(arrays[name]))
-            except (ValueError, TypeError) as error:  # pickled objects, or numbers that torch does not have
+                yield name, from_numpy(arrays[name])
+            except (ValueError, MemoryError) as error:  # pickled objects, or more than there is room for
                 yield name, str(error).split(":")[0]
 
 
@@ -193,18 +212,11 @@ def read_onnx(path: Path, _) -> Found:
         import onnx  # an optional package
     except ImportError as error:
         raise MissingPackage(f"{path}: needs the package onnx to be read: pip install onnx") from error
-    try:
+    with refused_as(f"{path}: is damaged or not what its name says: make it again with {MAKER}"):
         model = onnx.load(path, load_external_data=False)
-    except Exception as error:
-        raise UserError(f"{path}: is damaged or not what its name says: make it again with {MAKER}") from error
-    try:
+    with refused_as(f"{path}: its weights are in another file, missing or not readable: put it beside this one"):
         onnx.load_external_data_for_model(model, str(path.parent))
-    except Exception as error:
-        raise UserError(
-            f"{path}: its weights are in another file, which is missing or cannot be read: put it beside this one"
-        ) from error
-    stored: dict[str, np.ndarray | str] = {}
-    quantised: set[str] = set()
+    stored: dict[str, Tensor | str] = {}
     scales: dict[str, tuple[str, str, int | None, int]] = {}  # names of scale and zero point; axis, if given; block
     recurrent: set[str] = set()  # weights [directions, gates and units, inputs]
     for graph in graphs_of(model.graph):
@@ -224,26 +236,30 @@ def read_onnx(path: Path, _) -> Found:
         for name, item in items:
             name = name if name not in stored else f"{name} (in another branch)"
             try:
-                array = onnx.numpy_helper.to_array(item)
+                stored[name] = from_numpy(of_usual_type(onnx.numpy_helper.to_array(item)))
             except Exception as error:  # of unknown types, or of fewer bytes than its shape says
                 stored[name] = in_short(error)
-                continue
-            if array.dtype.kind == "V" or array.dtype in (np.int8, np.uint8, np.int16, np.uint16):
-                if array.dtype.name != "bfloat16":
-                    quantised.add(name)
-                array = array.astype(np.float32)
-            stored[name] = array
-    for name, array in stored.items():
-        if isinstance(array, str):
-            yield name, array
-        elif name in quantised and array.ndim >= 2:
-            stem = name.removesuffix("_quantized")  # as dynamic quantisation names them
-            scale, zero, axis, block = scales.get(name, (f"{stem}_scale", f"{stem}_zero_point", None, 0))
-            yield name, dequantised(array, stored.get(scale), stored.get(zero), axis, block)
-        elif name in recurrent and len(array) > 1:
-            yield from ((f"{name}[{direction}]", torch.from_numpy(part.copy())) for direction, part in enumerate(array))
-        elif array.dtype.kind == "f":
-            yield name, torch.from_numpy(np.array(array))
+    parts = {part for scale, zero, *_ in scales.values() for part in (scale, zero)}
+    for name, tensor in stored.items():
+        scale, zero, axis, block = scales.get(name, ("", "", None, 0))
+        if isinstance(tensor, str):
+            yield name, tensor
+        elif isinstance(stored.get(scale), Tensor) and tensor.dim() >= 2:
+            try:
+                yield name, dequantised(tensor, stored[scale], stored.get(zero), axis, block)
+            except ValueError as error:
+                yield name, str(error)
+        elif name in recurrent and len(tensor) > 1:
+            yield from ((f"{name}[{direction}]", part) for direction, part in enumerate(tensor))
+        elif name not in parts:
+            yield name, tensor
+
+
+def of_usual_type(array: np.ndarray) -> np.ndarray:
+    """An array of a type that NumPy has itself: integers of a few bits as bytes, other floats in single precision."""
+    if array.dtype.kind != "V":
+        return array
+    return array.astype(re.sub(r"int\d", "int8", array.dtype.name) if "int" in array.dtype.name else np.float32)
 
 
 def graphs_of(graph) -> Iterator:
@@ -255,43 +271,13 @@ def graphs_of(graph) -> Iterator:
                 yield from graphs_of(inner)
 
 
-def dequantised(
-    array: np.ndarray, scale: np.ndarray | str | None, zero: np.ndarray | str | None, axis: int | None, block: int
-) -> Tensor | str:
-    """(array - zero point) * scale, or why it cannot be had.
-
-    Scales are of the whole array, of each place along an axis (by default the first of their length), or of blocks of
-    places along it.
-    """
-    if not isinstance(scale, np.ndarray):
-        return "integers without scales"
-
-    def spread(values: np.ndarray) -> np.ndarray:
-        values = values.astype(np.float32)
-        if values.size == 1:
-            return values.reshape(())
-        if block:
-            along = 1 if axis is None else axis
-            return values.repeat(block, along).take(range(array.shape[along]), along)
-        fitting = (
-            [axis] if axis is not None else [place for place, size in enumerate(array.shape) if size == values.size]
-        )
-        shape = [1] * array.ndim
-        shape[fitting[0]] = -1
-        return values.reshape(shape)
-
-    try:
-        moved = array - spread(zero) if isinstance(zero, np.ndarray) else array
-        return torch.from_numpy(np.broadcast_to(moved * spread(scale), array.shape).copy())
-    except (ValueError, IndexError):
-        return "integers whose scales do not fit"
-
-
+TORCH = [".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl"]
 # One more format is one more entry here.
 READERS: dict[str, Callable[[Path, dict[str, str]], Found]] = {
-    **dict.fromkeys([".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl"], read_torch),
+    **dict.fromkeys(TORCH, read_torch),
     ".safetensors": read_safetensors,
-    ".npz": read_npz,
+    ".npy": read_numpy,
+    ".npz": read_numpy,
     ".onnx": read_onnx,
 }
-OUTPUTS_FIRST = [".pth", ".pt", ".ckpt", ".tar", ".bin", ".pkl", ".safetensors"]  # their weights are [outputs, inputs]
+OUTPUTS_FIRST = [*TORCH, ".safetensors"]  # their weights are [outputs, inputs]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scripting import UserError, load_file
+from scripting import UserError, load_file, refused_as
 
 CORPUS = Path("signature_corpus.pth")
 MAKER = "python -m universal.signatures.corpus"
@@ -18,12 +18,10 @@ MOST_ROWS, MOST_COLUMNS = 512, 1024  # of a matrix in the corpus; of larger ones
 def load_corpus(path: Path) -> dict[str, list[Tensor]]:
     """The matrices of each family. Raises UserError if the file is missing or not a corpus."""
     content = load_file(path, maker=MAKER)
-    try:
+    with refused_as(f"{path}: not a corpus of weights: make it with {MAKER}"):
         corpus = {family: [item["matrix"] for item in items] for family, items in content["corpus"].items()}
         if any(matrix.dim() != 2 for matrices in corpus.values() for matrix in matrices):
             raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: not a corpus of weights: make it with {MAKER}") from error
     if len(corpus) < 2 or not all(corpus.values()):
         raise UserError(f"{path}: needs at least two families, with a matrix each: make it again with {MAKER}")
     return corpus

@@ -29,7 +29,7 @@ from scripting import (
     save_json,
     table,
 )
-from target_cnn import Dataset, TargetCNN, fast_bf16, scoring_data, train_epoch, training_data
+from target_cnn import Dataset, TargetCNN, scoring_data, train_with_adam, training_data
 from target_cnn import score as accuracy_of
 from universal.evaluation.networks import conv, mlp
 from universal.signatures.denoising import (
@@ -40,13 +40,13 @@ from universal.signatures.denoising import (
     held_out_errors,
     load_denoiser,
 )
-from universal.signatures.detection import Table, area, trained_scorer
+from universal.signatures.detection import LabelledSignatures, area, trained_scorer
 from universal.signatures.matrices import CORPUS, batch_of, load_split
 from universal.signatures.nulls import same_spectrum
 from universal.signatures.sampling import generate, initialise, repair
 from universal.signatures.scorer import as_tensor, load_scorer
 from universal.signatures.statistics import signature
-from universal.signatures.trials import BATCH_SIZE, network_score, trained_networks
+from universal.signatures.trials import network_score, trained_networks
 
 AFTER = (50, 100, 469)  # steps of Adam
 GENERATED_SIDE = 96  # rows and columns of the matrices that are held against real ones
@@ -94,11 +94,6 @@ def main() -> None:
     print(table(["Damage", "Before", "Damaged", "Denoised"], [
         [row["damage"], *(f"{row[key]:.2f}" for key in ("before", "damaged", "denoised"))] for row in repaired
     ]), flush=True)  # fmt: skip
-    rounding = rounding_errors(denoiser, unseen, options)
-    print("\nMatrices of families never seen, rounded to 3 bits: relative squared error before and after denoising")
-    print(table(["Family", "Rounded", "Denoised"], [
-        [row["family"], f"{row['rounded']:.4f}", f"{row['denoised']:.4f}"] for row in rounding
-    ]), flush=True)  # fmt: skip
 
     rewarded = score_as_reward(train, test, options)
     print(f"\nThe score as a reward without data, {options.evaluations} evaluations of random search:")
@@ -108,7 +103,7 @@ def main() -> None:
     ]), flush=True)  # fmt: skip
     record = {
         "denoising": denoised, "detection": detected, "distance_to_training": novelty, "inits": inits,
-        "repairs": repaired, "rounding": rounding, "reward": rewarded,
+        "repairs": repaired, "reward": rewarded,
     }  # fmt: skip
     save_json(options.results, record)
     print(f"\nResults saved to {options.results}")
@@ -187,7 +182,7 @@ def detection(generated: Tensor, seen: Families, unseen: Families, options: argp
         known, kept = signatures[::2], signatures[1::2]
         kind = torch.cat([torch.zeros(len(taught_with)), torch.ones(len(known))]).long()
         one = torch.ones_like(kind)  # a family that no member is kept from
-        everything = Table(torch.cat([taught_with, known]), one, kind, one.bool(), ["(none left out)"])
+        everything = LabelledSignatures(torch.cat([taught_with, known]), one, kind, one.bool(), ["(none left out)"])
         detector = trained_scorer(everything, DETECTOR_STEPS, options.seed, torch.device("cpu"))
         with torch.no_grad():
             rows[1][name] = fmean(area(detector(found)[0], detector(kept)[0]) for found in real.values())
@@ -274,17 +269,10 @@ def compare_inits(denoiser: Denoiser, train: Dataset, test: Dataset, options: ar
 
 def over_steps(network: nn.Module, train: Dataset, test: Dataset, seed: int, label: str) -> list[float]:
     """Accuracies in percent after so many steps of Adam as `AFTER` says."""
-    adam = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
     torch.manual_seed(seed)
-    order = torch.randperm(len(train.labels)).to(train.labels.device)
-    found, done = [], 0
-    for steps in AFTER:
-        part = order[done * BATCH_SIZE : steps * BATCH_SIZE]
-        if len(part):
-            train_epoch(network, adam, train[part], BATCH_SIZE, fast_bf16(train.images.device), label)
-        done = steps
-        found.append(accuracy_of(network, test).accuracy_percent)
-    return found
+    training = train_with_adam(network, train, AFTER[-1], pauses=AFTER, label=label)
+    found = (accuracy_of(network, test).accuracy_percent for progress in training if progress.step in AFTER)
+    return list(itertools.islice(found, len(AFTER)))
 
 
 def inits_table(rows: list[dict]) -> str:
@@ -337,22 +325,6 @@ def repairs(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse
             network.load_state_dict(state)
             row[key] = accuracy_of(network, test).accuracy_percent
         rows.append(row)
-    return rows
-
-
-def rounding_errors(denoiser: Denoiser, unseen: Families, options: argparse.Namespace) -> list[dict]:
-    """For each family, the mean squared error of matrices rounded to 3 bits, before and after they were denoised."""
-    rows = []
-    for family, matrices in unseen.items():
-        found = []
-        for matrix in matrices[: options.matrices]:
-            clean = matrix.to(options.device)
-            damaged, sigma = rounded(clean)
-            denoised = repair(damaged, sigma, denoiser)
-            squares = [(one - clean).square().mean() / clean.square().mean() for one in (damaged, denoised)]
-            found.append(torch.stack(squares).tolist())
-        before, after = map(fmean, zip(*found, strict=True))
-        rows.append({"family": family, "rounded": before, "denoised": after})
     return rows
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scripting import UserError, load_file
+from scripting import UserError, load_file, refused_as
 from universal.signatures.statistics import SCORED
 
 SCORER = Path(__file__).resolve().parent / "scorer.pth"
@@ -83,11 +83,9 @@ def committed_scorer() -> Scorer:
 def load_scorer(path: Path = SCORER) -> Scorer:
     """The scorer saved at `path`. Raises UserError if there is none, or it is damaged or of other statistics."""
     content = load_file(path, maker=MAKER)
-    try:
+    with refused_as(f"{path}: not a scorer of signatures, or damaged: make it again with {MAKER}"):
         if tuple(content["statistics"]) != SCORED:
             raise UserError(f"{path}: a scorer of other statistics: make it again with {MAKER}")
         scorer = Scorer(**content["settings"])
         scorer.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a scorer of signatures, or damaged: make it again with {MAKER}") from error
     return scorer.eval()

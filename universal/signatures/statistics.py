@@ -104,9 +104,8 @@ def spectrum(w: Tensor) -> dict[str, float]:
     stable_rank = (e.sum() / e[0]).item()
     exponent = tail_exponent(e)
     leading = max(1, round(LEADING * rows))
-    left = vectors[:, -leading:][
-        :, values[-leading:] > 1e-9 * values[-1]
-    ]  # beyond its rank, a matrix has no directions
+    # Beyond its rank, a matrix has no directions.
+    left = vectors[:, -leading:][:, values[-leading:] > 1e-9 * values[-1]]
     right = w.T @ left
     return {
         "stable_rank": stable_rank,

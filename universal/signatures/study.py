@@ -31,7 +31,14 @@ from target_cnn import Dataset, scoring_data, training_data
 from target_cnn import score as accuracy_of
 from universal.evaluation.networks import EVALUATED
 from universal.model.synthesizer import load_synthesizer
-from universal.signatures.detection import TABLE, Table, areas_of, held_out_logits, load_table, trained_scorer
+from universal.signatures.detection import (
+    SIGNATURES,
+    LabelledSignatures,
+    areas_of,
+    held_out_logits,
+    load_signatures,
+    trained_scorer,
+)
 from universal.signatures.nulls import UNTRAINED
 from universal.signatures.scorer import load_scorer
 from universal.signatures.statistics import SCORED
@@ -48,7 +55,7 @@ WRITTEN = ["TargetCNN", "half width", "5 convolutions", "MLP 784-256-128-10", "8
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Study the signatures of trained weights.", seed=0)
-    parser.add_argument("--table", type=Path, default=TABLE, help="signatures of the corpus")
+    parser.add_argument("--table", type=Path, default=SIGNATURES, help="signatures of the corpus")
     parser.add_argument(
         "--steps", type=number(int, 0, 10**7), default=600, help="training steps for each set of statistics; 0 for none"
     )
@@ -62,7 +69,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    signatures = load_table(options.table)
+    signatures = load_signatures(options.table)
     scorer = load_scorer().to(options.device)
     areas = areas_of(held_out_logits(scorer, signatures), signatures)
     print("Area under the curve in families never seen, trained matrices against:")
@@ -132,7 +139,7 @@ def areas_table(areas: Tensor, families: list[str]) -> str:
     return table(["Untrained", "Mean", "Lowest", "Family of the Lowest"], rows)
 
 
-def what_carries(signatures: Table, options: argparse.Namespace) -> list[dict]:
+def what_carries(signatures: LabelledSignatures, options: argparse.Namespace) -> list[dict]:
     """For each statistic, the mean held-out area of scorers that read it alone, and all but it."""
 
     def area(read: list[int]) -> float:

@@ -15,7 +15,6 @@ from universal.training.blocks import Maps, Sum, Transposed, draw_block, drawn, 
 MOST_MULTIPLICATIONS = 10e6  # per image, of a drawn network: a TargetCNN has 4.2 million
 MOST_DEEP_MULTIPLICATIONS = 16e6  # of one of many layers
 MOST_FEATURES = 9216  # values of an image that reach the first linear layer: those of the PyTorch example
-TOKENS = (9, 64)  # fewest and most patches of an image
 
 # What is drawn how often; blocks of convolutions and families of networks stand beside what draws them.
 ACTIVATIONS = {
@@ -115,11 +114,8 @@ def draw_tokens(draw: random.Random, inputs: tuple[int, ...], classes: int, colo
             blocks.append(Sum(nn.Sequential(nn.LayerNorm(width), *mix)))
         else:
             activation = draw.choice(["relu", "gelu"])
-            blocks.append(
-                nn.TransformerEncoderLayer(
-                    width, heads, wide, 0.0, activation, batch_first=True, norm_first=draw.random() < 0.5
-                )
-            )
+            options = {"batch_first": True, "norm_first": draw.random() < 0.5}
+            blocks.append(nn.TransformerEncoderLayer(width, heads, wide, 0.0, activation, **options))
     places, norm = draw.random() < 0.8, draw.random() < 0.5
     return Tokens(inputs, patch, width, blocks, classes, places, class_token, norm)
 
@@ -231,9 +227,8 @@ def add_head(maps: Maps, head: str, classes: int) -> None:
         maps.size = (side, side)
     features = maps.channels * math.prod(maps.size)
     hidden = drawn(draw, {0: 3, 1: 6, 2: 1.5, 3: 0.5} if head == "flat" else {0: 8, 1: 2})
-    widths = [
-        log_uniform(draw, 16 if draw.random() < 0.2 else 32, 256 if draw.random() < 0.3 else 128) for _ in range(hidden)
-    ]
+    bounds = ((16 if draw.random() < 0.2 else 32, 256 if draw.random() < 0.3 else 128) for _ in range(hidden))
+    widths = [log_uniform(draw, *each) for each in bounds]
     norm = maps.norm if draw.random() < 0.5 else None
     maps.layers.append(nn.Flatten())
     if maps.deep and maps.norm == "layer":
@@ -267,13 +262,9 @@ FAMILIES = {
 
 
 def draw_architecture(
-    draw: random.Random,
-    inputs: tuple[int, ...] = IMAGE_SHAPE,
-    classes: int = CLASSES,
-    refused: list[list[tuple[int, ...]]] = (),
-    families: Iterable[str] = FAMILIES,
-    colour: bool = False,
-) -> nn.Module:
+    draw: random.Random, inputs: tuple[int, ...] = IMAGE_SHAPE, classes: int = CLASSES,
+    refused: list[list[tuple[int, ...]]] = (), families: Iterable[str] = FAMILIES, colour: bool = False,
+) -> nn.Module:  # fmt: skip
     """A random network of one of these `families`, whose parameters have none of the `refused` lists of shapes.
 
     It takes images of the shape `inputs`, (channels, height, width), of 16 to 64 pixels a side; with `colour`, a few

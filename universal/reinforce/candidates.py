@@ -1,4 +1,4 @@
-"""Trials: candidates for the few numbers of a synthesiser, tried on networks that it writes."""
+"""Candidates for the few numbers of a synthesiser, and the networks that they are tried on."""
 
 import copy
 import math
@@ -38,9 +38,9 @@ def draw_trials(
         torch.manual_seed(seed)
         network = build() if build else draw_architecture(drawn, refused=EVALUATED_SHAPES, colour=True)
         graph = graph_of(network, data)
-        known = data[data.labels < graph.classes] if graph.classes < 10 else data
-        batch = torch.randint(len(known.labels), (images,)).to(known.labels.device)
-        trials.append(Trial(graph, seed, known[batch]))
+        known = (data.labels < graph.classes).nonzero().squeeze(1)
+        batch = torch.randint(len(known), (images,)).to(known.device)
+        trials.append(Trial(graph, seed, data[known[batch]]))
     return trials
 
 

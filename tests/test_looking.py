@@ -1,0 +1,95 @@
+"""A look at what was written: chance, NaN and dead layers give a warning that names the layer."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from target_cnn import TargetCNN
+from universal import __main__ as command
+from universal.evaluation.networks import cnn, mlp
+from universal.model.looking import DoubtfulWeights
+
+
+class ByHand(nn.Module):
+    """A recurrence over the rows, whose layers are used 28 times."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.keep, self.out = nn.Linear(28, 32), nn.Linear(32, 32), nn.Linear(32, 10)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 32)
+        for row in x.squeeze(1).unbind(1):
+            state = torch.tanh(self.read(row) + self.keep(state))
+        return self.out(state)
+
+
+class Own(nn.Module):
+    """An MLP whose forward pass does something of its own with its weights, or with what they give."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.first, self.second, self.out, self.own = nn.Linear(784, 32), nn.Linear(32, 32), nn.Linear(32, 10), own
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        return self.out(self.own(self, x))
+
+
+def overwritten(network, x):
+    network.second.weight.data = torch.zeros(32, 32)
+    return network.second(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (ByHand, r"(read|keep), used 28 times and written for its first inputs alone: (is dead|tells)"),
+        (lambda: Own(overwritten), "second: is dead"),
+        (lambda: Own(lambda network, x: network.second(x.clamp(max=0)).relu()), "second: is dead"),
+        (lambda: Own(lambda network, x: network.second(x).sin().mul(1e4).sin()), "tells the classes apart least: only"),
+    ],
+)
+def test_a_network_that_is_hardly_written_gives_a_warning_that_names_the_layer(synthesizer, build, reason):
+    torch.manual_seed(0)
+    with pytest.warns(DoubtfulWeights, match=reason) as caught:
+        synthesizer.write(build(), seed=0)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+@pytest.mark.parametrize("build", [TargetCNN, lambda: mlp([16]), lambda: cnn([4, 8], 16)])
+def test_a_network_that_is_written_well_gives_none_and_stays_as_it_is_written(synthesizer, build):
+    network = build().train()
+    with warnings.catch_warnings(action="error"):
+        synthesizer.write(network, seed=0)
+    assert network.training and all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_the_command_warns_in_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.one, self.out = nn.Linear(784, 16), nn.Linear(16, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.out(self.one(x.flatten(1)).clamp(0, 0))\n"
+    )
+    options = ["--model", f"{tmp_path / 'net.py'}:Net", "--out", str(tmp_path / "w.pth"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["universal", *options])
+    command.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / 'net.py'}:Net: out: is dead")
+
+
+def test_what_is_no_module_and_no_steps_are_refused(synthesizer):
+    with pytest.raises(TypeError, match=r"a str cannot be written: give a torch\.nn\.Module"):
+        synthesizer.write("x")
+    network = mlp([4])
+    before = network[1].weight.clone()
+    with pytest.raises(ValueError, match="0 steps write nothing"):
+        synthesizer.write(network, steps=0)
+    assert torch.equal(network[1].weight, before)

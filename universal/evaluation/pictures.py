@@ -1,0 +1,55 @@
+"""The picture of an evaluation."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scripting import new_figure, save_figure
+from universal.evaluation.baselines import point_names
+
+if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
+    from matplotlib.axes import Axes
+
+COLOURS = {"written": "#0072B2", "random": "#D55E00"}  # of the two starts of training
+
+
+def plot_evaluation(record: dict, path: Path) -> None:
+    """Save the accuracies of written networks beside an epoch of Adam's, and TargetCNNs as the start of training."""
+    networks, training = record["networks"], (record["target_cnn"] or {}).get("training")
+    figure = new_figure(15 if training else 9, 1.5 + 0.27 * max(len(networks), 10))
+    panels = figure.subplots(1, 2, width_ratios=[1.7, 1]) if training else [figure.subplots()]
+    draw_networks(panels[0], networks)
+    panels[0].set_title(f"Networks never trained on, {record['inits']} unseen inits")
+    if training:
+        draw_training(panels[1], training)
+        panels[1].set_title("Training TargetCNN with Adam")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def draw_networks(panel: "Axes", networks: list[dict]) -> None:
+    """A row for each network: the mean and range of what is written, and an epoch of Adam."""
+    rows = range(len(networks))
+    low, mean, high = ([row[key] for row in networks] for key in ("minimum", "mean", "maximum"))
+    adam = [row["epoch"]["accuracy_percent"] for row in networks]
+    written, random = COLOURS.values()
+    panel.hlines(rows, low, high, color=written, alpha=0.4, lw=5)
+    panel.plot(mean, rows, "o", color=written, markersize=5, label="written in one step (band: range)")
+    panel.plot(adam, rows, "|", color=random, markersize=12, markeredgewidth=2.5, label="an epoch of Adam, best rate")
+    panel.set_yticks(rows, [row["name"] for row in networks])
+    panel.invert_yaxis()
+    panel.set_xlim(right=100)
+    panel.set_xlabel("accuracy (%)")
+    panel.legend(loc="best")
+
+
+def draw_training(panel: "Axes", training: list[dict]) -> None:
+    """A line for each seed and start, over the points of Adam's curve."""
+    for row in training:
+        shown = row["accuracy_percent"]
+        first = 0 if row["start"] == "written" else 1  # a random init, near 10 %, would flatten all the rest
+        label = f"{row['start']} start, rate {row['learning_rate']:g}" if row["seed"] == training[0]["seed"] else None
+        panel.plot(range(first, len(shown)), shown[first:], "o-", color=COLOURS[row["start"]], alpha=0.6, label=label)
+    panel.set_xticks(range(len(shown)), point_names(len(shown) - 1))
+    panel.set_ylabel("accuracy (%)")
+    panel.legend(loc="lower right")

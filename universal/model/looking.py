@@ -1,0 +1,73 @@
+"""A look at what was written: does the network say of the synthesiser's own images what it was to say?"""
+
+import torch
+from torch import Tensor
+
+from universal.model.algebra import per_probe
+from universal.model.task import Task
+from universal.reading.calls import Call, Layer
+from universal.reading.graph import ComputationGraph
+
+LEAST_RIGHT_PERCENT = 60  # of the probes, of which a network that was written well gets more right
+
+
+class DoubtfulWeights(UserWarning):
+    """What was written is hardly what was wanted: the network is at chance, gives NaN, or has a dead layer."""
+
+
+@torch.no_grad()
+def doubt(graph: ComputationGraph, task: Task, probes: int) -> str | None:
+    """What is wrong with the network of a graph, as its first `probes` show, with the layer where it is; else None.
+
+    The network runs as it is, so what its forward pass makes of the written weights shows as well.
+    """
+    outputs: dict[int, Tensor] = {}
+    uses: dict[int, int] = {}
+
+    def see(call: Call, result: Tensor) -> None:
+        if isinstance(call, Layer):
+            outputs[call.index] = result  # of its last use
+            uses[call.index] = uses.get(call.index, 0) + 1
+
+    def called(layer: Layer) -> str:
+        often = uses[layer.index]
+        return layer.name + (f", used {often} times and written for its first inputs alone" if often > 1 else "")
+
+    logits = graph.run(task.probes[:probes], {}, see=see)
+    for layer in graph.layers:
+        if not outputs[layer.index].isfinite().all():
+            return f"{called(layer)}: gives NaN or infinite values of the synthesiser's images"
+        if is_dead(layer, outputs[layer.index], probes):
+            return f"{called(layer)}: is dead: it lets nothing pass of any of the synthesiser's images"
+    labels = task.labels[:probes, : graph.classes].argmax(1)
+    right = 100 * (logits.argmax(1) == labels).double().mean().item()
+    if right >= LEAST_RIGHT_PERCENT:
+        return None
+    # What is used again comes first: of all others, what tells the classes apart least.
+    worst = min(
+        graph.layers,
+        key=lambda layer: (-uses[layer.index], separation(layer, outputs[layer.index], labels)),
+    )
+    return (
+        f"{called(worst)}: tells the classes apart least: only {right:.0f} % of the synthesiser's own images are right: "
+        "do not rely on these weights"
+    )
+
+
+def is_dead(layer: Layer, outputs: Tensor, probes: int) -> bool:
+    """Whether nothing of what a layer gives tells the probes apart, or passes what follows it."""
+    values = layer.activation
+    if values and values[0] == values[1] == values[2] == values[3] and outputs.max() <= 0:
+        return True
+    found = per_probe(outputs, layer.axis, probes)
+    return found is not None and bool(found.std(0).max() <= 1e-6 * found.abs().max())
+
+
+def separation(layer: Layer, outputs: Tensor, labels: Tensor) -> float:
+    """The share of the variance of a layer's outputs that lies between the classes of the probes."""
+    found = per_probe(outputs, layer.axis, len(labels))
+    if found is None:
+        return 1.0
+    found = found - found.mean(0)
+    means = torch.stack([found[labels == label].mean(0) for label in labels])
+    return (means.square().sum() / found.square().sum().clamp(min=1e-12)).item()
