@@ -23,42 +23,34 @@ FLATTENED = 0.5  # what the logits are then multiplied by
 
 
 def balance(graph: ComputationGraph, weights: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-    """`weights` that compute the same, but of which no tensor moves the logits further than need be.
+    """All `weights` of a network, by name, so that it computes the same, but no tensor moves the logits further than
+    need be.
 
     The logits of a network without norms that is STEEP all the same are FLATTENED. If anything else changed for the
-    `images`, if the network cannot be differentiated, or has more than MOST_TENSORS tensors, all stays as it is.
+    `images`, or if the network cannot be differentiated, all stays as it is.
     """
     parameters = dict(graph.module.named_parameters())
     names = [name for name in graph.written if name in parameters and name not in graph.left]
-    if not names or len(names) > MOST_TENSORS:
+    if not 0 < len(names) <= min(MOST_TENSORS, len(images) * (graph.classes - 1)):
         return weights
     with torch.inference_mode(False), torch.no_grad():
-        weights, images = {name: tensor.clone() for name, tensor in weights.items()}, images.detach().clone()
-        some = images[:IMAGES]
+        own, images = {name: tensor.clone() for name, tensor in weights.items()}, images.detach().clone()
         try:
-            slopes = slopes_of(graph, weights, names, some)
-        except RuntimeError:  # it cannot be trained either
+            slopes = slopes_of(graph, own, names, images[:IMAGES])
+            exponents = best_exponents(slopes, symmetries(graph, own, names, images))
+            room = torch.stack([LARGEST / own[name].abs().max() for name in names]).double().cpu().log()
+            exponents = exponents * (room.clamp(min=0) / exponents.clamp(min=1e-12)).clamp(max=1).min()
+            factors = zip(names, exponents.exp().tolist(), strict=True)
+            scaled = own | {name: own[name] * factor for name, factor in factors}
+            scaled |= new_statistics(graph, own, scaled, images[:IMAGES])
+            ways = [(1.0, scaled)]
+            if not graph.norms and (slopes * (-exponents).exp()).norm() > STEEP:
+                ways.insert(0, (FLATTENED, flattened(graph, scaled)))
+            before = graph.run(images[:IMAGES], own)
+            same = (new for factor, new in ways if alike(factor * before, graph.run(images[:IMAGES], new)))
+            return next(same, weights)
+        except (RuntimeError, ValueError):  # its own code may not stand gradients or double precision
             return weights
-        exponents = best_exponents(slopes, symmetries(graph, weights, names, images))
-        room = torch.stack([LARGEST / weights[name].abs().max() for name in names]).double().cpu().log().clamp(min=0)
-        exponents = exponents * (room / exponents.clamp(min=1e-12)).clamp(max=1).min()
-        scaled = weights | {
-            name: weights[name] * factor for name, factor in zip(names, exponents.exp().tolist(), strict=True)
-        }
-        scaled |= new_statistics(graph, weights, scaled, some)
-        ways = [(scaled, 1.0)]
-        if not graph.norms and (slopes * (-exponents).exp()).norm() > STEEP:
-            last = {part.name for part in graph.last.parts} | {
-                part.name for shift in graph.shifts if shift.of_last for part in shift.parts
-            }
-            ways.insert(0, (scaled | {name: FLATTENED * scaled[name] for name in last}, FLATTENED))
-        before = graph.run(some, weights)
-        for changed, factor in ways:
-            # Of logits that went through a log-softmax too, `factor` times them are what smaller logits had given.
-            expected, found = (logits.log_softmax(1) for logits in (factor * before, graph.run(some, changed)))
-            if (found - expected).norm() < 0.01 * expected.norm():
-                return changed
-    return weights
 
 
 def slopes_of(graph: ComputationGraph, weights: dict[str, Tensor], names: list[str], images: Tensor) -> Tensor:
@@ -146,3 +138,15 @@ def new_statistics(
         running_mean.put(new, new_mean + (running_mean.of(weights) - mean) * factor.sqrt(), weights)
         running_variance.put(new, running_variance.of(weights) * factor, weights)
     return new
+
+
+def flattened(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` with those of the last layer, and what is added to its outputs, FLATTENED."""
+    parts = [*graph.last.parts, *(part for shift in graph.shifts if shift.of_last for part in shift.parts)]
+    return weights | {part.name: FLATTENED * weights[part.name] for part in parts}
+
+
+def alike(logits: Tensor, others: Tensor) -> bool:
+    """Whether these say the same, with or without a log-softmax after them."""
+    logits, others = logits.log_softmax(1), others.log_softmax(1)
+    return bool((logits - others).norm() < 0.01 * logits.norm())

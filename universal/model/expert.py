@@ -62,8 +62,7 @@ class Expert(nn.Module):
                 f"{graph.last.name}: has {graph.classes} classes of inputs of shape {[*graph.example.shape[1:]]}, but "
                 f"the synthesiser was trained for {most} at most, of inputs of shape {shape}"
             )
-        written = Writing(self, graph, weights, step, task).write()
-        return written
+        return Writing(self, graph, weights, step, task).write()
 
     def probes_for(self, graph: ComputationGraph) -> int:
         """How many probes a network is written from: with convolutions, each costs more."""
