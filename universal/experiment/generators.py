@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from diffusion_model import load_diffusion
 from scripting import load_file
 from target_cnn import TargetCNN
+from universal.model.balance import balance
 from universal.model.synthesizer import GraphWeightSynthesizer, is_synthesizer, load_synthesizer
 from universal.reading.graph import ComputationGraph
 
@@ -38,6 +39,6 @@ class FlatSynthesizer(nn.Module):
         for row, index in zip(weights, step.tolist(), strict=True):
             parts = row.split([parameter.numel() for parameter in parameters.values()])
             own = {name: part.view_as(like) for (name, like), part in zip(parameters.items(), parts, strict=True)}
-            written = self.synthesizer(self.graph, own, index)
+            written = balance(self.graph, self.synthesizer(self.graph, own, index), self.synthesizer.task.probes)
             rows.append(torch.cat([written[name].reshape(-1) for name in parameters]))
         return torch.stack(rows)

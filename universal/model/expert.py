@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from universal.mnist import IMAGE_SHAPE
-from universal.model.balance import balance
 from universal.model.description import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, mlp
 from universal.model.neurons import Reader
 from universal.model.task import Task
@@ -63,8 +62,7 @@ class Expert(nn.Module):
                 f"{graph.last.name}: has {graph.classes} classes of inputs of shape {[*graph.example.shape[1:]]}, but "
                 f"the synthesiser was trained for {most} at most, of inputs of shape {shape}"
             )
-        written = Writing(self, graph, weights, step, task).write()
-        return balance(graph, written)
+        return Writing(self, graph, weights, step, task).write()
 
     def probes_for(self, graph: ComputationGraph) -> int:
         """How many probes a network is written from: with convolutions, each costs more."""

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from scripting import UserError, load_file, save_tensors
 from universal.mnist import IMAGE_SHAPE
+from universal.model.balance import balance
 from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
 from universal.model.looking import DoubtfulWeights, doubt
@@ -161,6 +162,7 @@ class GraphWeightSynthesizer(nn.Module):
         try:
             for step in range(steps):
                 weights |= self(graph, weights, step)
+            weights = balance(graph, weights, self.task.probes)
             broken = next((name for name in names if not weights[name].isfinite().all()), None)
         except torch.linalg.LinAlgError:  # of NaN
             broken = graph.layers[0].name
