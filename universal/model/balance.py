@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from universal.model.sizes import LARGEST
-from universal.reading.calls import STATISTICS, Call, Norm
+from universal.reading.calls import STATISTICS, Norm, Operation
 from universal.reading.graph import ComputationGraph
 
 MOST_TENSORS = 200  # each of which takes a forward pass
@@ -121,7 +121,7 @@ def new_statistics(
     def statistics(weights: dict[str, Tensor]) -> list[tuple[Norm, Tensor, Tensor]]:
         found = []
 
-        def look(call: Call, inputs: Tensor) -> Tensor:
+        def look(call: Operation, inputs: Tensor) -> Tensor:
             if isinstance(call, Norm) and STATISTICS[0] in call.parameters:
                 rows = inputs.movedim(call.axis, 0).flatten(1)
                 found.append((call, rows.mean(1), rows.var(1, correction=0)))
