@@ -326,26 +326,6 @@ class Chain(nn.Module):
         return self.out(x)
 
 
-@pytest.mark.parametrize(
-    ("build", "can"),
-    [
-        (lambda: Chain(F.relu), True),
-        (lambda: Chain(lambda x: F.leaky_relu(x, 0.1)), True),
-        (lambda: Chain(F.relu, tied=True), False),
-        (lambda: Chain(F.gelu), False),
-        (lambda: Chain(lambda x: F.gelu(0.5 * x)), False),
-        (lambda: Chain(lambda x: F.normalize(x.relu())), False),
-        (lambda: Chain(lambda x: x.relu().log1p()), False),
-        (lambda: Chain(lambda x: x.relu() + 0.1), False),
-        (lambda: Chain(F.relu6), False),
-        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(784, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)), False),
-    ],
-)
-def test_layers_are_rescaled_where_that_changes_nothing(build, can):
-    graph = ComputationGraph(build())
-    assert graph.is_rescalable == can
-
-
 def test_a_layer_between_two_uses_of_another_is_found():
     class Between(Chain):
         def forward(self, x):
@@ -472,7 +452,6 @@ def test_a_product_with_a_parameter_keeps_the_neurons():
     graph = ComputationGraph(Scaled())
     first = graph.layers[0].first_neuron
     assert graph.left == [] and [type(shift) for shift in graph.shifts] == [calls.Gain]
-    assert graph.is_rescalable
     assert graph.last.channels[:, 0].tolist() == [first, first + 1, first + 2, first + 3]
 
 

@@ -8,9 +8,7 @@ which are already those of the written layers before it.
 """
 
 import contextlib
-import functools
 import itertools
-import math
 import sys
 import threading
 from collections import ChainMap
@@ -234,39 +232,6 @@ class ComputationGraph:
     @property
     def convolutional(self) -> bool:
         return any(layer.has_window for layer in self.layers)
-
-    @functools.cached_property
-    def is_rescalable(self) -> bool:
-        """Whether it is a chain of layers that can be `rescaled` against each other, as tried with random weights."""
-        if self.norms or not all(layer.sources == {layer.index - 1} for layer in self.layers):
-            return False
-        if any(part.frozen for layer in self.layers for part in (layer.weight, layer.bias) if part):
-            return False
-        generator = torch.Generator().manual_seed(0)
-        written = {name: tensor for name, tensor in self.weights().items() if name in self.written}
-        device = next(iter(written.values())).device
-        weights = {}
-        for name, tensor in written.items():
-            values = torch.randn(tensor.shape, dtype=torch.float32, generator=generator)
-            weights[name] = (values / math.sqrt(max(1, values[0].numel()))).to(device)
-        factors = torch.linspace(2, -2, len(self.layers)).exp()
-        with torch.no_grad():
-            images = self.example.to(device, torch.float32)
-            before, after = (self.run(images, some) for some in (weights, self.rescaled(weights, factors)))
-        return torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item())
-
-    def rescaled(self, weights: dict[str, Tensor], factors: Tensor) -> dict[str, Tensor]:
-        """`weights` with those of each layer times its factor, and its biases times all factors so far.
-
-        In a chain of layers that give twice as much when they are given twice as much, and with `factors`, [layers],
-        whose product is 1, this changes nothing about what is computed.
-        """
-        scaled = {}
-        for layer, factor, gain in zip(self.layers, factors, factors.cumprod(0), strict=True):
-            scaled[layer.weight.name] = weights[layer.weight.name] * factor
-            if layer.bias:
-                scaled[layer.bias.name] = weights[layer.bias.name] * gain
-        return weights | scaled
 
 
 class Logits(nn.Module):
