@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command
+from conftest import command, printed
 from torch import nn
 
 from target_cnn import flatten_weights
 from universal import __main__ as synthesize
 from universal.evaluation.networks import cnn, mlp
+from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import ComputationGraph
 
 TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
@@ -61,14 +62,23 @@ def own_file(tmp_path, monkeypatch) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch, synthesizer):
+    """The committed synthesiser is loaded once for all tests."""
+
+    def load(path, device):
+        return synthesizer if path == SYNTHESIZER else load_synthesizer(path, device)
+
+    monkeypatch.setattr(synthesize, "load_synthesizer", load)
+
+
 def test_synthesize_writes_weights_that_load(own_file):
     directory = own_file.parent
-    result = command(
-        "-m", "universal", "--model", f"{own_file}:Net", "--out", directory / "w.pth", "--count", 2,
-        "--evaluate", "--validation", 1000, "--seed", 7, "--device", "cpu",
+    output = printed(
+        synthesize.main, "--model", f"{own_file}:Net", "--out", directory / "w.pth", "--count", 2, "--evaluate",
+        "--validation", 1000, "--seed", 7,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    accuracies = [float(value) for value in re.findall(r"Accuracy = (\d+\.\d+)%", result.stdout)]
+    accuracies = [float(value) for value in re.findall(r"Accuracy = (\d+\.\d+)%", output)]
     assert len(accuracies) == 2
     assert min(accuracies) > 75
     states = [torch.load(directory / f"w_{index}.pth", weights_only=True) for index in (1, 2)]
@@ -205,3 +215,78 @@ def test_what_cannot_be_scored_gets_one_line_and_is_not_saved(tmp_path, monkeypa
     options = ["--model", f"{tmp_path}/other_nets.py:{name}", "--out", tmp_path / "w.pth", "--evaluate"]
     assert reason in refusal(synthesize.main, *options)
     assert not (tmp_path / "w.pth").exists()
+
+
+FAILING = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, fails=None, least=0):
+        super().__init__()
+        self.hidden, self.out, self.fails, self.least = nn.Linear(784, 12), nn.Linear(12, 10), fails, least
+
+    def forward(self, x):
+        hidden = self.hidden(x.flatten(1)).relu()
+        if len(x) > self.least:
+            fail(self.fails)
+        return self.out(hidden)
+
+    def state_dict(self, *args, **kwargs):
+        if self.fails == "saving":
+            raise OSError("no state")
+        return super().state_dict(*args, **kwargs)
+
+def fail(kind):
+    if kind == "value":
+        raise ValueError("a value\\nof two lines")
+    if kind == "key":
+        {}["missing"]
+    if kind == "shape":
+        torch.zeros(2, 3).view(7)
+    if kind == "assertion":
+        assert False, "never"
+    if kind == "memory":
+        raise MemoryError
+    if kind == "name":
+        undefined
+"""
+
+
+@pytest.mark.parametrize("least", [2, 350], ids=["written", "scored"])  # images that it takes without an error
+@pytest.mark.parametrize(
+    ("fails", "reason"),
+    [
+        ("value", 'a value of two lines (failing.py, line 23: raise ValueError("a value'),
+        ("key", "KeyError: 'missing' (failing.py, line 25: {}["),
+        ("shape", "shape '[7]' is invalid for input of size 6 (failing.py, line 27: torch.zeros(2, 3).view(7))"),
+        ("assertion", "AssertionError: never (failing.py, line 29: assert False"),
+        ("memory", "MemoryError: no message (failing.py, line 31: raise MemoryError)"),
+        ("name", "NameError: name 'undefined' is not defined (failing.py, line 33: undefined)"),
+    ],
+)
+def test_an_error_of_the_module_is_one_line_that_names_its_own(
+    tmp_path, monkeypatch, refusal, digits, fails, reason, least
+):
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(synthesize, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(synthesize, "score", lambda network, data: network(data.images))
+    model = f"{tmp_path}/failing.py:Net('{fails}', {least})"
+    line = refusal(synthesize.main, "--model", model, "--out", tmp_path / "w.pth", "--evaluate")
+    assert line.startswith(f"{model}: ") and reason in line and "failing.py, line" in line
+    assert not (tmp_path / "w.pth").exists()
+
+
+def test_an_error_in_saving_is_one_line_too(tmp_path, monkeypatch, refusal):
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    line = refusal(synthesize.main, "--model", f"{tmp_path}/failing.py:Net('saving')", "--out", tmp_path / "w.pth")
+    assert "OSError: no state (failing.py, line 18: raise OSError" in line
+
+
+def test_a_process_that_refuses_ends_with_one_line_and_code_2(tmp_path):
+    result = command("-m", "universal", "--model", "nowhere:Net", "--out", tmp_path / "w.pth", "--device", "cpu")
+    assert result.returncode == 2 and not result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("universal: error: --model nowhere:Net: nowhere cannot be imported")

@@ -30,8 +30,9 @@ from scripting import (
 from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
 from universal.model.looking import DoubtfulWeights
-from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
+from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 from universal.reading.graph import ComputationGraph, Logits
+from universal.reading.refusals import place_of
 
 
 def parse_options() -> argparse.Namespace:
@@ -60,28 +61,43 @@ def main() -> None:
     states = []
     for seed in range(options.seed, options.seed + options.count):
         torch.manual_seed(seed)
-        network = build().to(options.device)
-        start = time.perf_counter()
         try:
-            with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
-                accounts = synthesizer.write(network, steps=options.steps)
-            milliseconds = 1000 * (time.perf_counter() - start)
-            result = scored(network, data) if options.evaluate else None
-        except ValueError as error:
-            raise UserError(f"{options.model}: {error}") from error
-        line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
-        if result is not None:
-            line += f", Accuracy = {result.accuracy_percent:.2f}%"
-        print(line, flush=True)
-        for warning in doubts:
-            print(f"{options.model}: {warning.message}", file=sys.stderr)
-        if seed == options.seed and accounts.left:
-            print(f"Left at their init: {', '.join(accounts.left)}")
-        states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})
+            network = build().to(options.device)
+            report(network, seed, options, synthesizer, data)
+            states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})
+        except UserError:
+            raise
+        except Exception as error:  # a person's own module may raise anything
+            raise UserError(f"{options.model}: {blamed(error)}") from error
     for index, state in enumerate(states, start=1):  # only now: a network that cannot be written leaves no file
         path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
         save_tensors(path, state)
         print(f"Weights saved to {path}")
+
+
+def report(
+    network: nn.Module, seed: int, options: argparse.Namespace, synthesizer: GraphWeightSynthesizer,
+    data: Dataset | None,
+) -> None:  # fmt: skip
+    """Write `network`, of this `seed`, and print what that gave, with the accuracy if there is `data`."""
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
+        accounts = synthesizer.write(network, steps=options.steps)
+    milliseconds = 1000 * (time.perf_counter() - start)
+    line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
+    if data is not None:
+        line += f", Accuracy = {scored(network, data).accuracy_percent:.2f}%"
+    print(line, flush=True)
+    for warning in doubts:
+        print(f"{options.model}: {warning.message}", file=sys.stderr)
+    if seed == options.seed and accounts.left:
+        print(f"Left at their init: {', '.join(accounts.left)}")
+
+
+def blamed(error: Exception) -> str:
+    """What an error says, with the line of the user's own code that it came through."""
+    text, place = str(error) if isinstance(error, ValueError) else in_short(error), place_of(error)
+    return text if place in text else text + place
 
 
 def scored(network: nn.Module, data: Dataset) -> Score:
@@ -97,7 +113,8 @@ def scored(network: nn.Module, data: Dataset) -> Score:
     try:
         return score(Logits(graph), data._replace(images=data.images.to(precision)))
     except RuntimeError as error:
-        raise ValueError(f"cannot be scored on {precision} images ({in_short(error)}): leave out --evaluate") from error
+        reason = f"{in_short(error)}{place_of(error)}"
+        raise ValueError(f"cannot be scored on {precision} images ({reason}): leave out --evaluate") from error
 
 
 if __name__ == "__main__":
