@@ -144,7 +144,7 @@ class GraphWeightSynthesizer(nn.Module):
         accounts = self.fill(graph, seed, steps)
         doubtful = doubt(graph, self.task, self.experts[0].probes_for(graph))
         if doubtful is not None:
-            warnings.warn(doubtful, DoubtfulWeights, stacklevel=2)
+            warnings.warn(doubtful, DoubtfulWeights, stacklevel=3)  # past no_grad
         return accounts
 
     @torch.no_grad()
