@@ -11,13 +11,12 @@ from conftest import small_synthesizer
 from torch import nn
 
 from scripting import UserError
-from target_cnn import TargetCNN, flatten_weights, score
+from target_cnn import flatten_weights, score
 from universal import GraphWeightSynthesizer, evaluate, load_synthesizer
 from universal.evaluation.networks import EVALUATED, ResidualBlock, VisionTransformer, cnn, mlp
 from universal.mnist import IMAGE_SHAPE
 from universal.model import algebra
 from universal.model.algebra import InverseSquareRoot, decorrelate
-from universal.model.balance import FLATTENED, balance, slopes_of
 from universal.model.description import cosines_of
 from universal.model.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
 from universal.model.writing import NeuronRows
@@ -82,9 +81,9 @@ def layer(name: str, *more: str) -> list[str]:
 
 # A network, and for each set of hidden neurons: the parameters with a row for each, and those with columns for each.
 NETWORKS = {
-    "TargetCNN": (
-        TargetCNN,
-        [(layer("conv1"), ["conv2.weight"]), (layer("conv2"), ["fc1.weight"]), (layer("fc1"), ["fc2.weight"])],
+    "CNN": (
+        lambda: cnn([5, 6], 8),
+        [(layer("0"), ["3.weight"]), (layer("3"), ["7.weight"]), (layer("7"), ["9.weight"])],
     ),
     "MLP": (lambda: mlp([20, 12]), [(layer("1"), ["3.weight"]), (layer("3"), ["5.weight"])]),
     "GELU, average pooling, even kernel": (
@@ -187,11 +186,17 @@ def permuted(weights: dict, groups: list, seed: int) -> dict:
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def double_synthesizer():
+    """The committed synthesiser in double precision. Not to be changed."""
+    return load_synthesizer().double()
+
+
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_permuted_neurons_are_written_permuted(name, step):
+def test_permuted_neurons_are_written_permuted(double_synthesizer, name, step):
     build, groups = NETWORKS[name]
-    synthesizer = load_synthesizer().double()
+    synthesizer = double_synthesizer
     graph = ComputationGraph(build())
     own = graph.weights()
     weights = {key: value.double() for key, value in (own | random_weights(graph, 0)).items()}
@@ -208,12 +213,12 @@ def test_permuted_neurons_are_written_permuted(name, step):
 
 
 def test_a_last_layer_without_a_bias_prefers_no_class(synthesizer, digits):
-    network = EVALUATED["TargetCNN"]()
-    network.fc2 = nn.Linear(128, 10, bias=False)
+    network = cnn([16, 32], 64)
+    network[9] = nn.Linear(64, 10, bias=False)
     network = synthesizer.synthesize(network, seed=0)
     with torch.no_grad():
-        logits = network(digits.images[:1000])
-    assert score(network, digits[:1000]).accuracy_percent > 95  # 58 if nothing is done about it
+        logits = network(digits.images[:500])
+    assert score(network, digits[:500]).accuracy_percent > 95  # 58 if nothing is done about it
     assert logits.mean(0).std() < 0.3 * logits.std()
 
 
@@ -267,8 +272,9 @@ def test_gains_of_maps_are_written_along_their_channels(synthesizer):
 
 def test_pixels_keep_their_scales(synthesizer):
     network = nn.Sequential(nn.Flatten(), Gain(784, 0.7), nn.Linear(784, 10))
-    synthesizer.write(network, seed=0)
-    assert network[1].gain[0] > 0 and (network[1].gain == network[1].gain[0]).all()
+    graph = ComputationGraph(network)
+    with torch.no_grad():
+        assert (synthesizer(graph, graph.weights())["1.gain"] == 1).all()
 
 
 def test_keys_say_what_neurons_answer_to_the_probes():
@@ -355,7 +361,7 @@ def test_decorrelated_neurons_are_those_of_the_inverse_square_root(neurons, grou
         torch.testing.assert_close(mixed[group], mix @ values[group], rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(monkeypatch):
+def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(synthesizer, monkeypatch):
     """No matrix that is decomposed or solved with is larger than the probes are many."""
     largest = []
 
@@ -368,7 +374,6 @@ def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(monkey
 
     for name in ("eigh", "inv", "cholesky", "solve"):
         monkeypatch.setattr(torch.linalg, name, recording(getattr(torch.linalg, name)))
-    synthesizer = load_synthesizer()
     synthesizer.synthesize(mlp([2048]), seed=0)
     assert len(largest) > 5 and max(largest) <= synthesizer.settings["probes"]
     largest.clear()
@@ -403,70 +408,14 @@ def test_a_small_kernel_is_like_the_middle_of_a_large_one():
     torch.testing.assert_close(small.view(3, 3, -1), large.view(5, 5, -1)[1:4, 1:4])
 
 
-def small_cnn(norm: bool) -> nn.Module:
-    """Two convolutions and a mean over the maps, or, without norms, a hidden layer."""
-    between = (nn.BatchNorm2d(8), nn.BatchNorm2d(16)) if norm else (nn.Identity(), nn.Identity())
-    head = CLASSES if norm else (nn.Flatten(), nn.Linear(784, 48), nn.ReLU())
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), between[0], nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1),
-        between[1], nn.ReLU(), nn.MaxPool2d(2), *head, nn.Linear(16 if norm else 48, 10),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("build", [lambda: small_cnn(False), lambda: small_cnn(True), Residual, VisionTransformer])
-def test_balanced_weights_compute_the_same_and_move_the_logits_less(synthesizer, digits, build):
-    torch.manual_seed(0)
-    graph = ComputationGraph(build())
-    images = digits.images[:40]
-    weights = graph.weights()
-    weights |= synthesizer(graph, weights)
-    balanced = balance(graph, weights, images)
-    names = [name for name, _ in graph.module.named_parameters() if name not in graph.left]
-    before, after = (slopes_of(graph, own, names, images).norm() for own in (weights, balanced))
-    assert after < 0.9 * before
-    with torch.no_grad():
-        for batch_statistics in (False, True):
-            one, other = (graph.run(images, own, batch_statistics) for own in (weights, balanced))
-            factor = (one * other).sum() / one.square().sum()
-            assert min(abs(factor - 1), abs(factor - FLATTENED)) < 0.02
-            assert (other - factor * one).norm() < 0.05 * other.norm()
-
-
-def test_what_cannot_be_differentiated_is_not_balanced(digits):
-    class Rounded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.out = nn.Linear(784, 8), nn.Linear(8, 10)
-
-        def forward(self, x):
-            with torch.no_grad():
-                return self.out(self.first(x.flatten(1)).relu())
-
-    graph = ComputationGraph(Rounded())
-    weights = random_weights(graph, 0)
-    assert balance(graph, weights, digits.images[:32]) is weights
-
-
-def test_a_written_network_with_norms_and_a_mean_over_maps_trains_on(synthesizer, digits):
-    torch.manual_seed(0)
-    network = synthesizer.synthesize(small_cnn(True)).train()
-    adam = torch.optim.Adam(network.parameters())
-    for images, labels in zip(digits.images[:1280].split(64), digits.labels[:1280].split(64), strict=True):
-        loss = F.cross_entropy(network(images), labels)
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    assert score(network, digits[1280:]).accuracy_percent > 70  # from random weights 23
-
-
 def test_synthesize_fills_the_module_in_place(synthesizer):
-    network = TargetCNN()
+    network = cnn([8, 8], 16)
     keys, parameters = list(network.state_dict()), list(network.parameters())
     assert synthesizer.synthesize(network, seed=3) is network
     assert list(network.state_dict()) == keys
     assert all(one is other for one, other in zip(network.parameters(), parameters, strict=True))
     assert all(parameter.requires_grad and not parameter.is_inference() for parameter in network.parameters())
-    same, other = (flatten_weights(synthesizer.synthesize(TargetCNN(), seed=seed)) for seed in (3, 4))
+    same, other = (flatten_weights(synthesizer.synthesize(cnn([8, 8], 16), seed=seed)) for seed in (3, 4))
     assert torch.equal(flatten_weights(network), same)
     assert not torch.allclose(same, other)
 
@@ -506,17 +455,22 @@ def test_every_parameter_is_written_or_left_and_named(synthesizer):
 
 
 def test_norms_give_in_evaluation_what_they_give_in_training(synthesizer, digits):
-    build = EVALUATED["BatchNorm, 4 convolutions"]
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.BatchNorm2d(24),
+            nn.ReLU(), nn.Flatten(), nn.Linear(1176, 10),
+        )  # fmt: skip
+
     network = synthesizer.synthesize(build(), seed=0)
     fresh = build()
     fresh.load_state_dict(network.state_dict())
     few = digits[:500]
-    at_once, one_by_one = (score(fresh, few, batch_size=size) for size in (500, 1))
+    at_once, one_by_one = (score(fresh, few, batch_size=size) for size in (500, 5))
     assert torch.equal(at_once.wrong, one_by_one.wrong)
-    assert at_once.accuracy_percent > 97.5
+    assert at_once.accuracy_percent > 96
     with torch.inference_mode():
         trained = [network.train()(images).argmax(1) for images in few.images.split(250)]  # by the images' statistics
-    assert (torch.cat(trained) == few.labels).float().mean() > 0.975
+    assert (torch.cat(trained) == few.labels).float().mean() > 0.96
 
 
 def test_a_layer_that_is_used_again_is_written_once(synthesizer, digits):
@@ -623,7 +577,7 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
 )
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
-    assert score(network, digits).accuracy_percent > least
+    assert score(network, digits[:1000]).accuracy_percent > least
 
 
 @pytest.mark.parametrize("name", ["TargetCNN", "5 convolutions", "MLP 784-256-128-10"])
@@ -638,7 +592,7 @@ def test_hidden_neurons_are_on_for_some_images_and_off_for_others(synthesizer, d
 
     with torch.inference_mode():
         weights = synthesizer(graph, random_weights(graph, seed=1))
-        graph.write(digits.images, {}, respond)
+        graph.write(digits.images[:300], {}, respond)
     del on[graph.last.name]
     assert all(0.2 < share < 0.9 for share in on.values()), on
 
