@@ -63,16 +63,21 @@ DEAD = {
 
 @pytest.mark.parametrize("build", DEAD.values(), ids=DEAD)
 def test_no_weight_is_larger_than_the_bound_whatever_the_probes_say(synthesizer, build):
-    found = []
-    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    network = build()
+    with warnings.catch_warnings(action="ignore"):
+        synthesizer.write(network, seed=0)
+    assert all(parameter.abs().max() <= LARGEST for parameter in network.parameters())
+
+
+def test_a_dead_gate_is_the_same_with_any_number_of_threads(synthesizer):
+    found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
             torch.manual_seed(0)
-            network = build()
             with warnings.catch_warnings(action="ignore"):
-                synthesizer.write(network, seed=0)
-            assert all(parameter.abs().max() <= LARGEST for parameter in network.parameters())
+                network = synthesizer.synthesize(DEAD["gate"](), seed=0)
             found.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
     finally:
         torch.set_num_threads(threads)
@@ -156,10 +161,15 @@ def test_balanced_weights_compute_the_same(name):
     images = torch.randn(60, 1, 28, 28)
     balanced = balance(graph, weights, images[:40])
     if not can:
-        assert all(torch.allclose(balanced[key], tensor, rtol=1e-5) for key, tensor in weights.items())
+        last = {part.name for part in graph.last.parts}  # whose logits may be flattened
+        others = {key: tensor for key, tensor in weights.items() if key not in last}
+        assert all(torch.allclose(balanced[key], tensor, rtol=1e-5) for key, tensor in others.items())
         return
     for batch_statistics in (False, True):
         before, after = (graph.run(images[40:], some, batch_statistics) for some in (weights, balanced))
+        factor = ((before * after).sum() / before.square().sum()).item()
+        assert factor in (pytest.approx(1, abs=0.01), pytest.approx(FLATTENED, abs=0.01))
+        before = factor * before
         torch.testing.assert_close(after, before, rtol=2e-3, atol=2e-3 * before.abs().max().item())
     names = [name for name in graph.written if name in dict(graph.module.named_parameters())]
     steep, flat = (slopes_of(graph, some, names, images[:32]).norm() for some in (weights, balanced))
@@ -178,7 +188,7 @@ def test_permuted_neurons_are_balanced_alike():
     images = torch.randn(40, 1, 28, 28)
     one, other = (balance(graph, graph.weights(), images) for graph in map(ComputationGraph, (network, crossed)))
     torch.testing.assert_close(one["0.weight"][order], other["0.weight"], rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(one["8.weight"], other["8.weight"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(one["7.weight"], other["7.weight"], rtol=1e-3, atol=1e-6)
     assert not torch.allclose(one["0.weight"], network[0].weight, rtol=0.1)
 
 

@@ -21,6 +21,7 @@ from universal.model.balance import balance
 from universal.model.description import DESCRIPTION, description_of
 from universal.model.expert import Expert
 from universal.model.looking import DoubtfulWeights, doubt
+from universal.model.sizes import bounded
 from universal.model.task import Task
 from universal.model.tuning import Tuning
 from universal.model.weights import TUNABLE
@@ -163,6 +164,8 @@ class GraphWeightSynthesizer(nn.Module):
             for step in range(steps):
                 weights |= self(graph, weights, step)
             weights = balance(graph, weights, self.task.probes)
+            learned = dict(graph.module.named_parameters())
+            weights |= {name: bounded(weights[name]) for name in names if name in learned}
             broken = next((name for name in names if not weights[name].isfinite().all()), None)
         except torch.linalg.LinAlgError:  # of NaN
             broken = graph.layers[0].name
