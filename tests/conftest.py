@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # more threads, here or in what is star
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from torch import nn
 
 import train_diffusion
 import train_target_model
@@ -59,6 +60,22 @@ def printed(main, *options, cwd=None) -> str:
         patch.setattr(sys, "argv", [f"{main.__module__}.py", "--device", "cpu", *map(str, options)])
         main()
     return output.getvalue()
+
+
+class Chain(nn.Module):
+    """Two layers of 8 neurons between the first and the last, and a function after each."""
+
+    def __init__(self, function, tied=False):
+        super().__init__()
+        self.first, self.out, self.function = nn.Linear(784, 8), nn.Linear(8, 10), function
+        self.one = nn.Linear(8, 8)
+        self.two = self.one if tied else nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer in (self.first, self.one, self.two):
+            x = self.function(layer(x))
+        return self.out(x)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Chain
 from torch import nn
 
 from target_cnn import score
@@ -106,22 +107,6 @@ def test_neurons_that_do_not_vary_are_left_out_of_the_mixing(neurons):
 
 
 # ---- balance --------------------------------------------------------------------------------------------------------
-
-
-class Chain(nn.Module):
-    """Two layers of 8 neurons between the first and the last, and a function after each."""
-
-    def __init__(self, function, tied=False):
-        super().__init__()
-        self.first, self.out, self.function = nn.Linear(784, 8), nn.Linear(8, 10), function
-        self.one = nn.Linear(8, 8)
-        self.two = self.one if tied else nn.Linear(8, 8)
-
-    def forward(self, x):
-        x = x.flatten(1)
-        for layer in (self.first, self.one, self.two):
-            x = self.function(layer(x))
-        return self.out(x)
 
 
 def normalised(norm) -> nn.Module:

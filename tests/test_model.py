@@ -573,11 +573,11 @@ def test_nan_and_too_many_classes_are_refused(synthesizer):
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("TargetCNN", 98.0), ("MLP 784-256-128-10", 97.0), ("5 convolutions", 96.0), ("BatchNorm, 4 convolutions", 98.0)],
+    [("TargetCNN", 98.0), ("MLP 784-256-128-10", 97.0), ("5 convolutions", 97.0), ("BatchNorm, 4 convolutions", 98.0)],
 )
 def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
     network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
-    assert score(network, digits[:1000]).accuracy_percent > least
+    assert score(network, digits).accuracy_percent > least
 
 
 @pytest.mark.parametrize("name", ["TargetCNN", "5 convolutions", "MLP 784-256-128-10"])

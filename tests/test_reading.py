@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Chain
 from torch import nn
 
 from target_cnn import TargetCNN
@@ -308,22 +309,6 @@ def test_another_way_through_the_network_is_noticed():
         assert graph.run(torch.zeros(2, 1, 28, 28), {}).shape == (2, 10)
         with pytest.raises(ValueError, match="its forward pass goes another way every time"):
             graph.run(torch.zeros(20, 1, 28, 28), {})
-
-
-class Chain(nn.Module):
-    """Two layers of 8 neurons between the first and the last, and a function after each."""
-
-    def __init__(self, function, tied=False):
-        super().__init__()
-        self.first, self.out, self.function = nn.Linear(784, 8), nn.Linear(8, 10), function
-        self.one = nn.Linear(8, 8)
-        self.two = self.one if tied else nn.Linear(8, 8)
-
-    def forward(self, x):
-        x = x.flatten(1)
-        for layer in (self.first, self.one, self.two):
-            x = self.function(layer(x))
-        return self.out(x)
 
 
 def test_a_layer_between_two_uses_of_another_is_found():
