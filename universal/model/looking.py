@@ -8,7 +8,8 @@ from universal.model.task import Task
 from universal.reading.calls import Layer, Operation
 from universal.reading.graph import ComputationGraph
 
-LEAST_RIGHT_PERCENT = 60  # of the probes, of which a network that was written well gets more right
+# Of the probes, of which a network that was written well gets more right. Chosen with evaluated networks in view.
+LEAST_RIGHT_PERCENT = 60
 
 
 class DoubtfulWeights(UserWarning):
