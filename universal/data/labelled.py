@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 MOST_IMAGES = 20_000  # that are used by default: accuracy gains little from more, for the time that they take
-SAMPLE = 8192  # images that are always in memory
+SAMPLE = 5000  # images that are always in memory, from which all layers but the last are written
 RESIDENT = 2**28  # elements of images that may be in memory, one GiB; of larger sets, only the sample
 PART = 4096  # images of a tensor that are looked at together
 HASHED = 4096  # elements of an image that its key depends on

@@ -13,7 +13,7 @@ SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression a
 USUAL_SHARPNESS = 8
 ITERATIONS = 15
 DECAY = 1e-4  # half of what squares of weights of standardised features add to the cross-entropy
-STEPS = 2.0 ** torch.arange(-4, 5)
+LONGEST = 10.0  # step, where a curvature is next to nothing
 NONE = -1  # no fold
 
 
@@ -71,32 +71,25 @@ def logistic(
     count = over_all(mean.new_tensor(float(sum(len(labels) for _, labels in chunks))))
     weight, bias = start
     logits = [torch.addmm(bias, x, weight) for x, _ in chunks]
-    steps, direction, before = STEPS.to(mean), None, None
+    direction = before = None
     for _ in range(ITERATIONS):
-        downhill, downhill_bias = -2 * DECAY * weight, torch.zeros_like(bias)
-        gradient = torch.zeros_like(weight)
-        for (x, labels), known in zip(chunks, logits, strict=True):
-            residual = F.one_hot(labels, len(bias)).to(x) - known.softmax(1)
-            gradient += x.T @ residual
-            downhill_bias += residual.sum(0)
-        downhill += over_all(gradient) / count
-        downhill_bias = over_all(downhill_bias) / count * intercept
-        scaled = (2 * count * solved.inverse(downhill), 2 * downhill_bias)
-        size = (downhill * scaled[0]).sum() + downhill_bias @ scaled[1]
-        share = 0.0
-        if direction is not None:  # Polak and Ribière
-            last, last_scaled, last_size = before
-            new = size - (last[0] * scaled[0]).sum() - last[1] @ scaled[1]
-            share = (new / last_size).clamp(min=0)
-        direction = scaled if direction is None else tuple(a + share * b for a, b in zip(scaled, direction, strict=True))
-        before = ((downhill, downhill_bias), scaled, size)
-        along = [torch.addmm(direction[1], x, direction[0]) for x, _ in chunks]
-        losses = over_all(torch.stack([
-            sum(F.cross_entropy(known + step * change, labels, reduction="sum")
-                for (_, labels), known, change in zip(chunks, logits, along, strict=True))
-            for step in steps
-        ])) / count + torch.stack([DECAY * (weight + step * direction[0]).square().sum() for step in steps])
-        step = steps[losses.argmin()]
-        weight, bias = weight + step * direction[0], bias + step * direction[1]
-        logits = [known.add_(step * change) for known, change in zip(logits, along, strict=True)]
+        shares = [known.softmax(1) for known in logits]  # of the classes, by image
+        residuals = [F.one_hot(y, len(bias)).to(p) - p for (_, y), p in zip(chunks, shares, strict=True)]
+        downhill = torch.cat([sum(x.T @ r for (x, _), r in zip(chunks, residuals, strict=True)), sum(r.sum(0) for r in residuals)[None]])
+        downhill = over_all(downhill) / count
+        downhill[:-1] -= 2 * DECAY * weight
+        downhill[-1] *= intercept
+        scaled = torch.cat([2 * count * solved.inverse(downhill[:-1]), 2 * downhill[-1:]])
+        size = (downhill * scaled).sum()
+        if direction is None:
+            direction = scaled
+        else:  # Polak and Ribière
+            direction = scaled + ((size - (before[0] * scaled).sum()) / before[1]).clamp(min=0) * direction
+        before = downhill, size
+        changes = [torch.addmm(direction[-1], x, direction[:-1]) for x, _ in chunks]
+        curvature = sum(((p * c.square()).sum(1) - (p * c).sum(1).square()).sum() for p, c in zip(shares, changes, strict=True))
+        curvature = over_all(curvature) / count + 2 * DECAY * direction[:-1].square().sum()
+        step = ((downhill * direction).sum() / curvature.clamp(min=1e-12)).clamp(max=LONGEST)
+        weight, bias = weight + step * direction[:-1], bias + step * direction[-1]
+        logits = [known.add_(step * change) for known, change in zip(logits, changes, strict=True)]
     return Regression(weight, bias)

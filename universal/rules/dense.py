@@ -12,7 +12,7 @@ from torch import Tensor
 
 from universal.data.labelled import HELD_OUT, JUDGING
 from universal.reading.calls import Layer
-from universal.rules.features import Chunk, Features
+from universal.rules.features import Chunk
 from universal.rules.moments import Moments
 
 SHARPNESS = 5.0  # of the membership of subclasses
@@ -26,10 +26,9 @@ PARTNERS = 2000  # images that pairs are made of
 
 
 class Context(NamedTuple):
-    """What a rule knows: the layer, the features of all images and of the sample, and the number of classes."""
+    """What a rule knows: the layer, what reaches it of the sample, and the number of classes."""
 
     layer: Layer
-    features: Features
     sample: Chunk
     classes: int
     generator: torch.Generator
@@ -43,16 +42,15 @@ class Context(NamedTuple):
 
 def regressions(context: Context) -> Tensor:
     """Ridge regressions onto soft subclasses, and onto the labels with both signs: [candidates, features]."""
-    layer, features, sample, classes, generator, one_sided = context
+    layer, sample, classes, generator, one_sided = context
     deviation = sample.features.std(0) + 1e-3 * sample.features.std() + 1e-12
     known, count = context.known, max(min(layer.shape[0], MOST_SUBCLASSES), classes)
     subclasses = Subclasses(known._replace(features=known.features / deviation), count, classes, generator)
+    x, labels, folds = (values[sample.folds != HELD_OUT] for values in sample)
+    x = x / deviation
     moments = Moments()
-    for chunk in features:
-        x, labels, folds = (values[chunk.folds != HELD_OUT] for values in chunk)
-        x = x / deviation
-        moments.add(x, torch.cat([F.one_hot(labels, classes).to(x), subclasses(x, labels)], 1), folds == JUDGING)
-    solved, _ = moments.over_processes().ridge()
+    moments.add(x, torch.cat([F.one_hot(labels, classes).to(x), subclasses(x, labels)], 1), folds == JUDGING)
+    solved, _ = moments.ridge()
     weight = (solved.regression.weight / deviation[:, None]).T
     return torch.cat([weight, -weight[:classes]]) if one_sided else weight
 

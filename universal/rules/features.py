@@ -68,7 +68,7 @@ class Features:
         before: "Features | None" = None,
     ):  # fmt: skip
         self.graph, self.layer, self.data, self.weights = graph, layer, data, weights
-        self.before = before if before is not None and before.can_be_continued else None
+        self.before = before if before is not None and before.is_flat else None
         fast = graph.convolutional and fast_bf16(data.sample.images.device)
         self.precision = torch.bfloat16 if fast else torch.float32
         self.cast = {name: tensor.to(self.precision) for name, tensor in weights.items()}
@@ -86,10 +86,6 @@ class Features:
             else:
                 features = self.kept[index]
             yield Chunk(features, batch.labels, batch.folds)
-
-    @property
-    def can_be_continued(self) -> bool:
-        return self.is_flat and self.all_kept
 
     def sample(self) -> Chunk:
         """Those of the images of the sample."""
@@ -127,7 +123,7 @@ class Features:
 
     def continued(self, images: Tensor, index: int) -> Tensor | None:
         """The same for the chunk of an index, from the features that are kept of the layer before."""
-        if self.before is None:
+        if self.before is None or index >= len(self.before.kept):
             return None
         outputs = self.before.layer.of(self.weights, self.before.kept[index])
         try:

@@ -25,7 +25,7 @@ from universal.rules.classes import classifier
 from universal.rules.activation import Activation
 from universal.rules.dense import CANDIDATES, Context
 from universal.rules.features import Chunk, Features, chunk_size, features_of, of_images
-from universal.rules.filters import Rows, directions
+from universal.rules.filters import directions
 from universal.rules.selection import forward_selection
 
 FIRST = 600  # images that all layers but dense ones are written from
@@ -162,17 +162,15 @@ class Writing:
             rows = layer.patches(inputs, PLACES).flatten(1, 2)
         else:
             rows = of_images(inputs, -1, len(self.images)).flatten(0, 1)[None]
-        labels = self.labels.repeat_interleave(rows.shape[1] // len(self.images))
-        some = torch.randperm(len(labels), generator=self.generator)[:MOST_ROWS].to(labels.device)
-        rows, labels = rows[:, some], labels[some]
+        some = torch.randperm(rows.shape[1], generator=self.generator)[:MOST_ROWS]
+        rows = rows[:, some.to(rows.device)]
         both_signs, parts = not is_odd(layer) and (layer.activation is not None or layer.normalised), []
         for group in range(groups):
-            of_group = Rows(rows[group], labels, len(self.data.present))
             if groups > 8:  # depthwise: a principal direction of the channel
                 wanted = 2 * min(4, rows.shape[2] // 2)
-                parts.append(directions(of_group, wanted, True, self.generator)[[(group + i) % 4 for i in range(count)]])
+                parts.append(directions(rows[group], wanted, True, self.generator)[[(group + i) % 4 for i in range(count)]])
             else:
-                parts.append(directions(of_group, count, both_signs, self.generator))
+                parts.append(directions(rows[group], count, both_signs, self.generator))
         weight = torch.stack(parts)
         responses = torch.einsum("gnf,gcf->ngc", rows, weight).flatten(1)
         scale, threshold, mean = to_scale(layer, responses)
@@ -184,7 +182,7 @@ class Writing:
     def dense(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
         """Weight and bias of a hidden dense layer: of the candidates, those that say most of what was held out."""
         activation, sample = Activation(layer), features.sample()
-        context = Context(layer, features, sample, len(self.data.present), self.generator, not activation.is_odd)
+        context = Context(layer, sample, len(self.data.present), self.generator, not activation.is_odd)
         weight = torch.cat([rule(context) for rule in CANDIDATES.values()])
         judged = sample.folds == JUDGING
         judged = judged if judged.sum() >= FEWEST else sample.folds != HELD_OUT
