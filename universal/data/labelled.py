@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 MOST_IMAGES = 20_000  # that are used by default: accuracy gains little from more, for the time that they take
-SAMPLE = 5000  # images that are always in memory, from which all layers but the last are written
+SAMPLE = 6000  # images that are always in memory, from which all layers but the last are written
 RESIDENT = 2**28  # elements of images that may be in memory, one GiB; of larger sets, only the sample
 PART = 4096  # images of a tensor that are looked at together
 HASHED = 4096  # elements of an image that its key depends on
 FOLDS = 5
-HELD_OUT, JUDGING = 0, 1  # the fold that nothing is made from; that by which one chooses among what others made
+HELD_OUT, JUDGING = 0, (1, 2)  # the fold that nothing is made from; those by which one chooses among what others made
 
 
 class Batch(NamedTuple):
@@ -65,7 +65,11 @@ class LabelledImages:
         if dist.is_initialized():
             parts = gathered((total, firsts, sample, keys, whole))
             total, whole = sum(part[0] for part in parts), all(part[4] for part in parts)
-            firsts = {label: min(part[1].get(label, key) for part in parts) for part in parts for label, key in part[1].items()}
+            firsts = {
+                label: min(part[1].get(label, key) for part in parts)
+                for part in parts
+                for label, key in part[1].items()
+            }
             sample, keys = joined([part[2] for part in parts]).least(SAMPLE), torch.cat([part[3] for part in parts])
         refuse_unusable(total, firsts, sample.images)
         self.count, self.threshold = min(total, limit), None
@@ -135,7 +139,9 @@ def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
         if not isinstance(labels, Tensor):
             raise ValueError(f"the labels are {name_of(labels)}: give a tensor of whole numbers [N]")
         if images.dim() < 2 or len(images) != len(labels):
-            raise ValueError(f"images of shape {[*images.shape]} and labels of {[*labels.shape]}: give one label an image")
+            raise ValueError(
+                f"images of shape {[*images.shape]} and labels of {[*labels.shape]}: give one label an image"
+            )
         return list(zip(images.detach().split(PART), labels.detach().split(PART), strict=True))
     if labels is not None:
         raise ValueError(f"labels beside {name_of(images)}: it gives its own, leave them out")
@@ -143,7 +149,9 @@ def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
         return DataLoader(images, batch_size=256)
     if isinstance(images, DataLoader):
         return images
-    raise ValueError(f"the images are {name_of(images)}: give a tensor and its labels, a Dataset or a DataLoader of pairs")
+    raise ValueError(
+        f"the images are {name_of(images)}: give a tensor and its labels, a Dataset or a DataLoader of pairs"
+    )
 
 
 def name_of(value) -> str:
@@ -154,7 +162,9 @@ def pairs_of(source: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a source. Raises ValueError if these are no pairs of tensors."""
     for batch in source:
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
-            raise ValueError(f"the data set gives {name_of(batch)}, not pairs of images and labels: make it give (image, label)")
+            raise ValueError(
+                f"the data set gives {name_of(batch)}, not pairs of images and labels: make it give (image, label)"
+            )
         yield batch[0], batch[1]
 
 
@@ -170,7 +180,9 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     labels = labels.detach()
     if labels.dim() == 2 and labels.shape[1] > 1:
         if not bool(((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()):
-            raise ValueError(f"labels of shape {[*labels.shape]} that are not one-hot: give the number of each image's class")
+            raise ValueError(
+                f"labels of shape {[*labels.shape]} that are not one-hot: give the number of each image's class"
+            )
         labels = labels.argmax(1)
     labels = labels.flatten() if labels.dim() == 2 else labels
     if labels.dim() != 1:

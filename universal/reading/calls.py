@@ -214,7 +214,7 @@ class Norm:
 
     def __call__(self, inputs: Tensor, **parameters: Tensor) -> Tensor:
         """What comes out with these parameters."""
-        if parameters.get("running_mean") is None:
+        if parameters.get("running_mean") is None or not torch.is_grad_enabled():
             return self.function(inputs, **(self.settings | parameters))
         # PyTorch does not differentiate with respect to running statistics.
         mean, variance, weight, bias = (parameters.get(name) for name in (*STATISTICS, "weight", "bias"))

@@ -75,7 +75,9 @@ def logistic(
     for _ in range(ITERATIONS):
         shares = [known.softmax(1) for known in logits]  # of the classes, by image
         residuals = [F.one_hot(y, len(bias)).to(p) - p for (_, y), p in zip(chunks, shares, strict=True)]
-        downhill = torch.cat([sum(x.T @ r for (x, _), r in zip(chunks, residuals, strict=True)), sum(r.sum(0) for r in residuals)[None]])
+        downhill = torch.cat(
+            [sum(x.T @ r for (x, _), r in zip(chunks, residuals, strict=True)), sum(r.sum(0) for r in residuals)[None]]
+        )
         downhill = over_all(downhill) / count
         downhill[:-1] -= 2 * DECAY * weight
         downhill[-1] *= intercept
@@ -87,7 +89,9 @@ def logistic(
             direction = scaled + ((size - (before[0] * scaled).sum()) / before[1]).clamp(min=0) * direction
         before = downhill, size
         changes = [torch.addmm(direction[-1], x, direction[:-1]) for x, _ in chunks]
-        curvature = sum(((p * c.square()).sum(1) - (p * c).sum(1).square()).sum() for p, c in zip(shares, changes, strict=True))
+        curvature = sum(
+            ((p * c.square()).sum(1) - (p * c).sum(1).square()).sum() for p, c in zip(shares, changes, strict=True)
+        )
         curvature = over_all(curvature) / count + 2 * DECAY * direction[:-1].square().sum()
         step = ((downhill * direction).sum() / curvature.clamp(min=1e-12)).clamp(max=LONGEST)
         weight, bias = weight + step * direction[:-1], bias + step * direction[-1]

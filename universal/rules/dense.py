@@ -1,7 +1,8 @@
-"""Rules for hidden dense layers, which read one vector of each image: candidates for their neurons.
+"""Rules for hidden dense layers, which read one vector of each image.
 
-One more rule is one more entry in CANDIDATES. Which candidates a layer gets is chosen by what they say of images that
-none was made from.
+More candidates than neurons are made from one part of a sample; by the other part those are chosen that together say
+most of the labels; and a few ridge regressions tell each neuron what it should answer differently. One more rule is
+one more entry in CANDIDATES.
 """
 
 from typing import NamedTuple
@@ -10,124 +11,160 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from universal.data.labelled import HELD_OUT, JUDGING
 from universal.reading.calls import Layer
+from universal.rules.activation import Activation
 from universal.rules.features import Chunk
-from universal.rules.moments import Moments
+from universal.rules.moments import Moments, Solved
+from universal.rules.selection import forward_selection
 
 SHARPNESS = 5.0  # of the membership of subclasses
 RANK = 60  # principal components in which subclasses are found
-MOST_SUBCLASSES = 512
-PAIRS_PER_NEURON = 5
-MOST_PAIRS = 2048
+TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, within bounds
+MOST_SUBCLASSES = 256
 AMONG = 8  # images of which the nearest makes a pair
 LEAST_SIDE = 0.28  # of a receptive field, as a share of the map's
-PARTNERS = 2000  # images that pairs are made of
+LEAST_ON, MOST_ON = 0.3, 0.8  # of the images, a candidate's share
+ROUNDS, STRENGTH, DAMPING = 5, 3.0, 0.1  # of what each neuron should answer differently
 
 
 class Context(NamedTuple):
-    """What a rule knows: the layer, what reaches it of the sample, and the number of classes."""
+    """What a rule knows, of images that do not judge what it makes."""
 
     layer: Layer
-    sample: Chunk
-    classes: int
+    features: Tensor  # [n, features]
+    labels: Tensor  # [n]
+    members: Tensor  # [n, subclasses], how far each image is of each
+    fitted: Tensor  # [classes + subclasses, features], ridge regressions onto the labels and these
     generator: torch.Generator
-    one_sided: bool  # whether a direction and its opposite say different things
 
-    @property
-    def known(self) -> Chunk:
-        """What of the sample rules are made from."""
-        return Chunk(*(values[self.sample.folds > JUDGING] for values in self.sample))
+    def draw(self, most: int, *shape: int) -> Tensor:
+        """Random whole numbers below `most`."""
+        return torch.randint(most, shape, generator=self.generator).to(self.labels.device)
+
+    def fields(self, count: int) -> Tensor | float:
+        """Random rectangles of the map that was flattened into the features, [count, features]; 1 if there is none.
+
+        Receptive fields: McDonnell et al. 2015 (arXiv 1412.8307).
+        """
+        grid = self.layer.grid
+        if grid is None or len(grid) < 64:
+            return 1.0
+        inside = torch.ones(count, len(grid), dtype=torch.bool)
+        for along in grid.T:
+            size = LEAST_SIDE + (1 - LEAST_SIDE) * torch.rand(count, 1, generator=self.generator)
+            first = (1 - size) * torch.rand(count, 1, generator=self.generator)
+            inside &= (along >= first) & (along <= first + size)
+        channels = self.layer.shape[1] // len(grid)
+        return self.layer.weight_of(inside[:, None].expand(-1, channels, -1).float()).to(self.features)
 
 
-def regressions(context: Context) -> Tensor:
-    """Ridge regressions onto soft subclasses, and onto the labels with both signs: [candidates, features]."""
-    layer, sample, classes, generator, one_sided = context
-    deviation = sample.features.std(0) + 1e-3 * sample.features.std() + 1e-12
-    known, count = context.known, max(min(layer.shape[0], MOST_SUBCLASSES), classes)
-    subclasses = Subclasses(known._replace(features=known.features / deviation), count, classes, generator)
-    x, labels, folds = (values[sample.folds != HELD_OUT] for values in sample)
-    x = x / deviation
-    moments = Moments()
-    moments.add(x, torch.cat([F.one_hot(labels, classes).to(x), subclasses(x, labels)], 1), folds == JUDGING)
+def regressions(context: Context, share: int) -> Tensor:
+    """Ridge regressions onto labels and subclasses."""
+    return context.fitted
+
+
+def opposites(context: Context, share: int) -> Tensor:
+    """The opposites of those onto labels."""
+    return -context.fitted[: len(context.fitted) - context.members.shape[1]]
+
+
+def regressions_in_fields(context: Context, share: int) -> Tensor:
+    """Those onto subclasses, as far as they lie in a receptive field."""
+    fields = context.fields(share)
+    if isinstance(fields, float):
+        return context.fitted[:0]
+    first = len(context.fitted) - context.members.shape[1]
+    return context.fitted[first + context.draw(context.members.shape[1], share)] * fields
+
+
+def mean_differences(context: Context, share: int) -> Tensor:
+    """Differences between the means of two subclasses, in receptive fields."""
+    means = context.members.T @ context.features / context.members.sum(0)[:, None].clamp(min=1e-3)
+    a, b = context.draw(len(means), 2, 2 * share)
+    return (means[a] - means[b]) * context.fields(2 * share)
+
+
+def near_pairs(context: Context, share: int) -> Tensor:
+    """Differences between an image and the nearest of a few of other classes, in receptive fields (pairs: SWIM, arXiv
+    2306.16830)."""
+    _, features, labels, *_ = context
+    first, others = context.draw(len(labels), 2 * share), context.draw(len(labels), AMONG, 2 * share)
+    fields, found = context.fields(2 * share), features.new_zeros(2 * share, features.shape[1])
+    nearest = features.new_full((2 * share,), torch.inf)
+    for other in others:
+        difference = (features[first] - features[other]) * fields
+        distance = difference.square().sum(1).masked_fill(labels[first] == labels[other], 1e30)
+        found[distance < nearest] = difference[distance < nearest]
+        nearest = torch.minimum(distance, nearest)
+    return found
+
+
+CANDIDATES = (regressions, opposites, regressions_in_fields, mean_differences, near_pairs)
+
+
+def dense_layer(
+    layer: Layer, known: Chunk, judging: Chunk, classes: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is `judging`."""
+    activation, count = Activation(layer), layer.shape[0]
+    moments, deviation = Moments(), known.features.std(0) + 1e-3 * known.features.std() + 1e-12
+    for part, is_judging in ((known, False), (judging, True)):
+        one_hot = F.one_hot(part.labels, classes).to(deviation)
+        moments.add(part.features / deviation, one_hot, torch.full_like(part.labels, is_judging, dtype=torch.bool))
     solved, _ = moments.ridge()
-    weight = (solved.regression.weight / deviation[:, None]).T
-    return torch.cat([weight, -weight[:classes]]) if one_sided else weight
+    rows = known.features / deviation
+    rows -= rows.mean(0)
+    candidates = max(FEWEST, min(TIMES * count, MOST), 2 * count)
+    members = subclasses(rows, known.labels, max(classes, min(candidates // 6, MOST_SUBCLASSES, len(rows) // 8)), classes, generator)
+    targets = torch.cat([F.one_hot(known.labels, classes).to(rows), members], 1)
+    fitted = (solved.regress(rows, targets - targets.mean(0)) / deviation[:, None]).T
+    context = Context(layer, known.features, known.labels, members, fitted, generator)
+    weight = torch.cat([rule(context, candidates // 6) for rule in CANDIDATES])
+    weight, bias = thresholds(weight, judging.features, activation, generator)
+    wanted = F.one_hot(judging.labels, classes).to(weight)
+    kept = forward_selection(activation(F.linear(judging.features, weight, bias)), wanted, count)
+    kept = kept[torch.arange(count, device=kept.device) % len(kept)]
+    return refitted(weight[kept], bias[kept], activation, moments.fitted.solver(True)(STRENGTH), known, judging, deviation, classes)
 
 
-def pairs(context: Context) -> Tensor:
-    """Differences between near images of different classes, within random receptive fields: [candidates, features].
+def thresholds(
+    weight: Tensor, features: Tensor, activation: Activation, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The weight scaled to responses of deviation 1, and biases by which different shares of the images are on."""
+    responses = (features[:512] @ weight.T).T
+    scale = responses.std(1, keepdim=True) + 1e-6 * responses.std() + 1e-12
+    least, most = (0.5, 0.5) if activation.is_linear else (LEAST_ON, MOST_ON)
+    off = 1 - least - (most - least) * torch.rand(len(weight), 1, generator=generator).to(weight)
+    at = (off * (responses.shape[1] - 1)).long()
+    return weight / scale, -(responses / scale).sort(1).values.gather(1, at)[:, 0]
 
-    McDonnell et al. 2015 (arXiv 1412.8307); differences of two images: SWIM (arXiv 2306.16830).
+
+def subclasses(
+    rows: Tensor, labels: Tensor, count: int, classes: int, generator: torch.Generator, rounds: int = 6
+) -> Tensor:  # fmt: skip
+    """Soft membership [n, count] of centred rows in clusters of their own class, found in whitened principal components.
+
+    A regression onto labels alone spans only classes - 1 directions, whatever the width.
     """
-    layer, generator = context.layer, context.generator
-    count = max(min(PAIRS_PER_NEURON * layer.shape[0], MOST_PAIRS), layer.shape[0])
-    known = Chunk(*(values[:PARTNERS] for values in context.known))
-    fields = receptive_fields(layer, count, generator)
-    found = []
-    for part in torch.arange(count).split(256):
-        a = torch.randint(len(known.labels), (len(part),), generator=generator).to(known.labels.device)
-        b = torch.randint(len(known.labels), (len(part), AMONG), generator=generator).to(a.device)
-        differences = known.features[a][:, None] - known.features[b]
-        if fields is not None:
-            differences = differences * fields[part].to(differences)[:, None]
-        distances = differences.square().sum(2).masked_fill(known.labels[a][:, None] == known.labels[b], torch.inf)
-        nearest = distances.argmin(1)
-        found.append(differences[torch.arange(len(part)), nearest])
-    return torch.cat(found)
+    some = rows[:2000]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the random projection below
+        _, size, axes = torch.svd_lowrank(some, q=min(RANK, *some.shape), niter=2)
+    points = rows @ (axes / (size / len(some) ** 0.5 + 1e-6))
+    members, at = rows.new_zeros(len(rows), count), 0
+    for label in range(classes):
+        share = count // classes + (label < count % classes)
+        own = (labels == label).nonzero()[:, 0]
+        if share and len(own):
+            centres = k_means(points[own], share, generator, rounds)
+            distance = torch.cdist(points[own], centres)
+            distance = distance / (distance.min(1, keepdim=True).values + 1e-6)
+            members[own, at : at + share] = (-SHARPNESS * distance).softmax(1)
+        at += share
+    return members
 
 
-def receptive_fields(layer: Layer, count: int, generator: torch.Generator) -> Tensor | None:
-    """Random rectangles of the map that was flattened into a layer's features, [count, features]; None if there is none."""
-    if layer.grid is None or len(layer.grid) < 64:
-        return None
-    inside = torch.ones(count, len(layer.grid), dtype=torch.bool)
-    for axis in (0, 1):
-        size = LEAST_SIDE + (1 - LEAST_SIDE) * torch.rand(count, 1, generator=generator)
-        first = (1 - size) * torch.rand(count, 1, generator=generator)
-        along = layer.grid[:, axis]
-        inside &= (along >= first) & (along <= first + size)
-    channels = layer.shape[1] // len(layer.grid)
-    return layer.weight_of(inside[:, None].expand(-1, channels, -1).float())
-
-
-CANDIDATES = {"regressions onto subclasses": regressions, "pairs of near images": pairs}
-
-
-class Subclasses:
-    """Soft membership of clusters within each class, as targets of a regression.
-
-    Clusters are found by k-means in whitened principal components of some features. A regression onto labels alone spans
-    only classes - 1 directions, whatever the width.
-    """
-
-    def __init__(self, known: Chunk, count: int, classes: int, generator: torch.Generator):
-        features, labels, _ = known
-        some = features[:PARTNERS]
-        self.mean = some.mean(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the projection below is random
-            _, size, axes = torch.svd_lowrank(some - self.mean, q=min(RANK, *some.shape), niter=2)
-        self.whiten = axes / (size / len(some) ** 0.5 + 1e-6)
-        x = (features - self.mean) @ self.whiten
-        centres, of_class = [], []
-        for label in range(classes):
-            share = count // classes + (label < count % classes)
-            own = x[labels == label]
-            if share and len(own):
-                centres.append(k_means(own, share, generator))
-                of_class += [label] * share
-        self.centres, self.of_class = torch.cat(centres), torch.tensor(of_class, device=labels.device)
-
-    def __call__(self, features: Tensor, labels: Tensor) -> Tensor:
-        """[n, clusters], 0 in other classes than an image's own."""
-        distance = torch.cdist((features - self.mean) @ self.whiten, self.centres)
-        distance = distance.masked_fill(labels[:, None] != self.of_class, torch.inf)
-        nearest = distance.min(1, keepdim=True).values + 1e-6
-        return torch.nan_to_num((-SHARPNESS * distance / nearest).softmax(1))
-
-
-def k_means(rows: Tensor, count: int, generator: torch.Generator, rounds: int = 6) -> Tensor:
+def k_means(rows: Tensor, count: int, generator: torch.Generator, rounds: int) -> Tensor:
     """Centres [count, features]; of as few rows as centres, rows."""
     centres = rows[torch.randint(len(rows), (count,), generator=generator).to(rows.device)]
     for _ in range(rounds):
@@ -135,3 +172,67 @@ def k_means(rows: Tensor, count: int, generator: torch.Generator, rounds: int = 
         numbers = nearest.sum(0)[:, None]
         centres = torch.where(numbers > 0, nearest.T @ rows / numbers.clamp(min=1), centres)
     return centres
+
+
+class ReadOut:
+    """A softmax regression on the neurons of one layer, by a quadratic bound (Böhning 1992): steps of one solved system."""
+
+    def __init__(self, neurons: Tensor, ridge: float = 1e-3):
+        self.mean = neurons.mean(0)
+        self.neurons = neurons - self.mean
+        gram = self.neurons.T @ self.neurons / len(neurons)
+        gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
+        self.factor = torch.linalg.cholesky(gram)
+
+    def towards(self, errors: Tensor) -> Tensor:
+        return torch.cholesky_solve(self.neurons.T @ errors / len(errors), self.factor)
+
+    def fit(self, one_hot: Tensor, start: tuple[Tensor, Tensor] | None, steps: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights [neurons, classes], offsets, and the errors that are left."""
+        weight, offset = start or (4 * self.towards(one_hot - one_hot.mean(0)), torch.zeros_like(one_hot[0]))
+        for _ in range(steps):
+            errors = one_hot - (self.neurons @ weight + offset).softmax(1)
+            weight, offset = weight + 2 * self.towards(errors), offset + 2 * errors.mean(0)
+        return weight, offset, one_hot - (self.neurons @ weight + offset).softmax(1)
+
+
+def refitted(
+    weight: Tensor, bias: Tensor, activation: Activation, solved: Solved, known: Chunk, judging: Chunk,
+    deviation: Tensor, classes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Neurons moved by ridge regression onto what each should answer differently, given a read-out of them all.
+
+    With their slopes and the read-out held, the changes that are wanted are linear in the weights. A strong ridge keeps
+    them from learning images by heart; a round that does not lower the loss of those `judging` ends it.
+    """
+    rows = known.features / deviation
+    centre = rows.mean(0)
+    rows -= centre
+    centre = centre * deviation
+    one_hot = F.one_hot(known.labels, classes).to(rows)
+
+    def state(weight: Tensor, bias: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple:
+        before = F.linear(known.features, weight, bias)
+        read_out = ReadOut(activation(before))
+        found = read_out.fit(one_hot, start)
+        logits = (activation(F.linear(judging.features, weight, bias)) - read_out.mean) @ found[0] + found[1]
+        return F.cross_entropy(logits, judging.labels).item(), weight, bias, before, found
+
+    now, step = state(weight, bias, None), 2.0
+    for _ in range(ROUNDS):
+        loss, weight, bias, before, (outgoing, offset, errors) = now
+        slope = activation.slope(before)
+        curvature = (slope.T @ slope / len(slope)) * (outgoing @ outgoing.T) / 4
+        curvature.diagonal().add_(DAMPING * curvature.diagonal().mean() + 1e-12)
+        change = torch.linalg.solve(curvature, ((errors @ outgoing.T) * slope).T).T
+        turn = (solved.regress(rows, change - change.mean(0)) / deviation[:, None]).T
+        shift = change.mean(0) - turn @ centre
+        while step > 0.05:
+            new = state(weight + step * turn, bias + step * shift, (outgoing, offset))
+            if new[0] < loss:
+                break
+            step /= 2
+        else:
+            break
+        now, step = new, 1.5 * step
+    return now[1], now[2]

@@ -20,7 +20,9 @@ PLACES = 7  # along each side of the maps, at which a last convolution is looked
 
 def chunk_size(graph: ComputationGraph, shape: tuple[int, ...], largest: int = LARGEST_MAP) -> int:
     """How many images of a shape go through a network at once, so that no layer gives more than `largest` elements."""
-    widest = max(round(max(layer.resolution, 1) ** (2 if layer.is_convolution else 1)) * layer.shape[0] for layer in graph.layers)
+    widest = max(
+        round(max(layer.resolution, 1) ** (2 if layer.is_convolution else 1)) * layer.shape[0] for layer in graph.layers
+    )
     return max(min(largest // max(widest, torch.Size(shape).numel()), LARGEST_CHUNK), 8)
 
 

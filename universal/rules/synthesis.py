@@ -4,9 +4,7 @@ The module runs on a few hundred images, and each layer is written where it is f
 and the labels. A dense layer is a regression of all images, for which the module runs up to that layer on them.
 """
 
-import math
 import time
-import warnings
 from collections import ChainMap
 from typing import NamedTuple
 
@@ -15,24 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages
-from universal.model.looking import DoubtfulWeights
 from universal.model.sizes import bounded
 from universal.model.synthesizer import random_weights
 from universal.model.writing import NeuronRows, written_norm
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
 from universal.reading.graph import ComputationGraph
 from universal.rules.classes import classifier
-from universal.rules.activation import Activation
-from universal.rules.dense import CANDIDATES, Context
+from universal.rules.dense import dense_layer
 from universal.rules.features import Chunk, Features, chunk_size, features_of, of_images
 from universal.rules.filters import directions
-from universal.rules.selection import forward_selection
 
 FIRST = 600  # images that all layers but dense ones are written from
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
 ACTIVE = 0.6  # the share of the images at which a neuron is on
-THRESHOLDS = (0.3, 0.8)  # between which shares of the images a dense neuron is on
 FEWEST = 20  # images to choose by
 ROOM = 2**26  # elements that a layer gives of the images that are written from
 
@@ -55,7 +49,9 @@ class Accounts(NamedTuple):
     seconds: float
 
 
-def synthesize(module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES) -> nn.Module:
+def synthesize(
+    module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES
+) -> nn.Module:
     """`write` the weights of `module` in place, and return it."""
     write(module, images, labels, seed, limit)
     return module
@@ -77,7 +73,9 @@ def write(
     data = LabelledImages(images, labels, 0 if seed is None else seed, limit, device)
     graph = ComputationGraph(module, data.sample.images[:2].cpu())
     if max(data.present) >= graph.classes:
-        raise ValueError(f"a label is {max(data.present)}, but {type(graph.module).__name__} has {graph.classes} outputs")
+        raise ValueError(
+            f"a label is {max(data.present)}, but {type(graph.module).__name__} has {graph.classes} outputs"
+        )
     own = graph.weights() | ({} if seed is None else random_weights(graph, seed))
     writing = Writing(graph, data, {name: tensor.to(device) for name, tensor in own.items()})
     written = writing.write()
@@ -103,7 +101,9 @@ class Writing:
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
         self.first = min(FIRST, chunk_size(graph, data.shape, ROOM))
         self.images, self.labels = (values[: self.first] for values in data.sample[:2])
-        self.means = NeuronRows(graph, torch.zeros(len(graph.channels) if hasattr(graph.channels, "__len__") else graph.channels))
+        self.means = NeuronRows(
+            graph, torch.zeros(len(graph.channels) if hasattr(graph.channels, "__len__") else graph.channels)
+        )
         self.features: Features | None = None  # of the last dense layer so far
         self.held_out_percent: float | None = None
 
@@ -168,7 +168,9 @@ class Writing:
         for group in range(groups):
             if groups > 8:  # depthwise: a principal direction of the channel
                 wanted = 2 * min(4, rows.shape[2] // 2)
-                parts.append(directions(rows[group], wanted, True, self.generator)[[(group + i) % 4 for i in range(count)]])
+                parts.append(
+                    directions(rows[group], wanted, True, self.generator)[[(group + i) % 4 for i in range(count)]]
+                )
             else:
                 parts.append(directions(rows[group], count, both_signs, self.generator))
         weight = torch.stack(parts)
@@ -180,24 +182,12 @@ class Writing:
     # ---- dense layers
 
     def dense(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a hidden dense layer: of the candidates, those that say most of what was held out."""
-        activation, sample = Activation(layer), features.sample()
-        context = Context(layer, sample, len(self.data.present), self.generator, not activation.is_odd)
-        weight = torch.cat([rule(context) for rule in CANDIDATES.values()])
-        judged = sample.folds == JUDGING
-        judged = judged if judged.sum() >= FEWEST else sample.folds != HELD_OUT
-        responses = sample.features[judged] @ weight.T
-        deviation = responses.std(0) + 1e-6
-        weight, responses = weight / deviation[:, None], responses / deviation
-        low, high = (0.5, 0.5) if activation.is_linear else THRESHOLDS
-        shares = low + (high - low) * torch.rand(len(weight), generator=self.generator).to(weight)
-        ranks = ((1 - shares) * (len(responses) - 1)).long()
-        threshold = responses.sort(0).values.gather(0, ranks[None])[0]
-        labels = F.one_hot(sample.labels[judged], len(self.data.present)).to(responses)
-        kept = forward_selection(activation(responses - threshold), labels, layer.shape[0])
-        kept = kept[torch.arange(layer.shape[0], device=kept.device) % len(kept)]
-        self.means.add((responses.mean(0) - threshold)[kept].cpu())
-        return weight[kept], -threshold[kept]
+        """Weight and bias of a hidden dense layer."""
+        sample = features.sample()
+        known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
+        weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.generator)
+        self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
+        return weight, bias
 
     def of_classes(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
         """Weight and bias of the last layer."""
@@ -206,6 +196,15 @@ class Writing:
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
         return weight, bias
+
+
+def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
+    """Which images rules are made from, and which judge what these make: of few images, all but those held out do both."""
+    judging = (folds == JUDGING[0]) | (folds == JUDGING[1])
+    known = (folds != HELD_OUT) & ~judging
+    if min(judging.sum(), known.sum()) < FEWEST:
+        known = judging = folds != HELD_OUT
+    return known, judging
 
 
 def fingerprint(graph: ComputationGraph, own: dict[str, Tensor]) -> int:
