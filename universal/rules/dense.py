@@ -115,7 +115,9 @@ def dense_layer(
     rows = known.features / deviation
     rows -= rows.mean(0)
     candidates = max(FEWEST, min(TIMES * count, MOST), 2 * count)
-    members = subclasses(rows, known.labels, max(classes, min(candidates // 6, MOST_SUBCLASSES, len(rows) // 8)), classes, generator)
+    members = subclasses(
+        rows, known.labels, max(classes, min(candidates // 6, MOST_SUBCLASSES, len(rows) // 8)), classes, generator
+    )
     targets = torch.cat([F.one_hot(known.labels, classes).to(rows), members], 1)
     fitted = (solved.regress(rows, targets - targets.mean(0)) / deviation[:, None]).T
     context = Context(layer, known.features, known.labels, members, fitted, generator)
@@ -124,7 +126,9 @@ def dense_layer(
     wanted = F.one_hot(judging.labels, classes).to(weight)
     kept = forward_selection(activation(F.linear(judging.features, weight, bias)), wanted, count)
     kept = kept[torch.arange(count, device=kept.device) % len(kept)]
-    return refitted(weight[kept], bias[kept], activation, moments.fitted.solver(True)(STRENGTH), known, judging, deviation, classes)
+    return refitted(
+        weight[kept], bias[kept], activation, moments.fitted.solver(True)(STRENGTH), known, judging, deviation, classes
+    )
 
 
 def thresholds(
@@ -187,7 +191,9 @@ class ReadOut:
     def towards(self, errors: Tensor) -> Tensor:
         return torch.cholesky_solve(self.neurons.T @ errors / len(errors), self.factor)
 
-    def fit(self, one_hot: Tensor, start: tuple[Tensor, Tensor] | None, steps: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    def fit(
+        self, one_hot: Tensor, start: tuple[Tensor, Tensor] | None, steps: int = 3
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Weights [neurons, classes], offsets, and the errors that are left."""
         weight, offset = start or (4 * self.towards(one_hot - one_hot.mean(0)), torch.zeros_like(one_hot[0]))
         for _ in range(steps):

@@ -1,4 +1,4 @@
-"""Rules for what reads windows of maps, or tokens: directions among the rows that reach a layer."""
+"""Rules for what reads windows of maps, or tokens: directions among the rows, patches or tokens, that reach a layer."""
 
 import torch
 import torch.nn.functional as F
@@ -6,32 +6,86 @@ from torch import Tensor
 
 WHITENING = 0.1  # what is added to the variance of each principal direction, in units of the mean variance
 ROUNDS = 6  # of k-means
+EXACT = 600  # features of which all principal directions are computed
+CANDIDATES = 3  # for each neuron of which some are chosen
+
+
+def principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Principal directions of rows [n, features], the largest first and `most` at most, [directions, features]; and what
+    whitens along each.
+    """
+    centred = rows - rows.mean(0)
+    features = rows.shape[1]
+    if features <= EXACT:
+        variances, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
+        variances, vectors = variances.flip(0).clamp(min=0).to(rows), vectors.flip(1).to(rows)
+    else:  # of thousands, few are wanted
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of a random projection
+            _, sizes, vectors = torch.svd_lowrank(
+                centred[: EXACT * 4], q=min(most, *centred[: EXACT * 4].shape), niter=2
+            )
+        variances = sizes.square() / len(centred[: EXACT * 4])
+    mean = centred.square().sum() / len(centred) / features
+    return vectors.T[:most], (variances[:most] + WHITENING * mean + 1e-12).rsqrt()
 
 
 def directions(rows: Tensor, count: int, both_signs: bool, generator: torch.Generator) -> Tensor:
-    """So many directions [count, features] of rows [n, features]: principal ones of the whitened rows, the largest first,
-    each with both signs if these say different things; and the rest by spherical k-means."""
-    values = rows - rows.mean(0)
-    variances, vectors = torch.linalg.eigh((values.T @ values / len(values)).double())
-    variances, vectors = variances.flip(0).clamp(min=0).float(), vectors.flip(1).float()
-    inverse_root = (variances + WHITENING * variances.mean() + 1e-12).rsqrt()
-    rank = int((variances > 1e-5 * variances[0]).sum())
-    principal = min(-(-count // (1 + both_signs)), rank)
-    found = (vectors[:, :principal] * inverse_root[:principal]).T
+    """So many directions [count, features] of rows: principal ones, whitened, the largest first, each with both signs if
+    these say different things; and the rest by spherical k-means.
+
+    None from the classes' means, which are noise in pictures where the classes are not in one place.
+    """
+    vectors, inverse_root = principal(rows, max(count // (1 + both_signs), min(rows.shape[1], EXACT)))
+    white = vectors * inverse_root[:, None]
+    found = white[: max(count // (1 + both_signs), 1)]
     found = torch.cat([found, -found])[:count] if both_signs else found
-    left = count - len(found)
-    if left:
-        whiten = (vectors * inverse_root) @ vectors.T
-        found = torch.cat([found, spherical_k_means(values @ whiten, left, generator) @ whiten])
+    if len(found) < count:
+        centres = spherical_k_means((rows - rows.mean(0)) @ white.T, count - len(found), generator)
+        found = torch.cat([found, centres @ white])
     return found
 
 
 def spherical_k_means(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Directions [count, features] that rows cluster around; short rows are left out."""
     length = rows.norm(dim=1)
-    rows = F.normalize(rows[length >= length.median() * 0.5], dim=1)
+    rows = F.normalize(rows[length >= length.median() / 2], dim=1)
     centres = rows[torch.randint(len(rows), (count,), generator=generator).to(rows.device)]
-    for _ in range(ROUNDS if count else 0):
-        nearest = (rows @ centres.T).argmax(1)
-        centres = F.normalize(F.one_hot(nearest, count).to(rows).T @ rows + 1e-6 * centres, dim=1)
+    for _ in range(ROUNDS):
+        nearest = F.one_hot((rows @ centres.T).argmax(1), count).to(rows)
+        centres = F.normalize(nearest.T @ rows + 1e-6 * centres, dim=1)
     return centres
+
+
+def label_directions(means: Tensor, one_hot: Tensor, strength: float) -> Tensor:
+    """Ridge regressions from the mean row of each image [n, features] onto its label: [classes, features].
+
+    A mean over places is what pooling leaves: without an activation these would be the best directions.
+    """
+    x, y = means - means.mean(0), one_hot - one_hot.mean(0)
+    gram = x.T @ x
+    gram.diagonal().add_(strength * gram.diagonal().mean() + 1e-9)
+    return torch.linalg.solve(gram, x.T @ y).T
+
+
+def pooled_candidates(rows: Tensor, means: Tensor, one_hot: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Directions of which to choose before maps or tokens are averaged: of the rows, and of the labels and random mixtures
+    of these."""
+    classes = label_directions(means, one_hot, 0.3)
+    mixed = torch.randn(count, len(classes), generator=generator).to(classes) @ classes
+    guided = F.normalize(torch.cat([classes, mixed]), dim=1)
+    return torch.cat([directions(rows, CANDIDATES * count, True, generator), guided, -guided])
+
+
+def into_stream(
+    rows: Tensor, means: Tensor, one_hot: Tensor, count: int, generator: torch.Generator
+) -> Tensor:  # fmt: skip
+    """What a block adds to its tokens: what the mean token says of the labels, and principal directions half as large, all
+    turned at random, so that a norm over the channels leaves none out."""
+    guided = label_directions(means, one_hot, 0.1)[:count]
+    parts = [(guided, 1.0), (principal(rows, count - len(guided))[0], 0.5)]
+    centred = means - means.mean(0)
+    basis = torch.cat([size * part / ((centred @ part.T).std(0)[:, None] + 1e-6) for part, size in parts])
+    turn = torch.linalg.qr(torch.randn(count, count, generator=generator))[0][:, : len(basis)].to(basis)
+    weight = turn @ basis
+    return weight / (((rows - rows.mean(0)) @ weight.T).std() + 1e-6)

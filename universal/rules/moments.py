@@ -41,7 +41,6 @@ class Solved(NamedTuple):
             return torch.cholesky_solve(right, self.factor)
         return (right - self.rows.T @ torch.cholesky_solve(self.rows @ right, self.factor)) / self.strength
 
-
     def regress(self, rows: Tensor, targets: Tensor) -> Tensor:
         """The weight [d, t] of centred targets [n, t] of the images whose centred features [n, d] these are."""
         if self.rows is None:

@@ -6,6 +6,7 @@ and the labels. A dense layer is a regression of all images, for which the modul
 
 import time
 from collections import ChainMap
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,12 +19,16 @@ from universal.model.synthesizer import random_weights
 from universal.model.writing import NeuronRows, written_norm
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
 from universal.reading.graph import ComputationGraph
+from universal.rules.activation import Activation
 from universal.rules.classes import classifier
-from universal.rules.dense import dense_layer
+from universal.rules.dense import dense_layer, thresholds
 from universal.rules.features import Chunk, Features, chunk_size, features_of, of_images
-from universal.rules.filters import directions
+from universal.rules.filters import directions, into_stream, pooled_candidates, principal
+from universal.rules.selection import forward_selection
 
-FIRST = 600  # images that all layers but dense ones are written from
+FIRST = 1200  # images that all layers but dense ones are written from
+MANY_GROUPS = 8
+PART = 100  # images whose responses to all candidates are looked at together
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
 ACTIVE = 0.6  # the share of the images at which a neuron is on
@@ -100,10 +105,16 @@ class Writing:
         self.written: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
         self.first = min(FIRST, chunk_size(graph, data.shape, ROOM))
-        self.images, self.labels = (values[: self.first] for values in data.sample[:2])
-        self.means = NeuronRows(
-            graph, torch.zeros(len(graph.channels) if hasattr(graph.channels, "__len__") else graph.channels)
+        used = (data.sample.folds != HELD_OUT).nonzero()[: self.first, 0]
+        self.images, labels = data.sample.images[used], data.sample.labels[used]
+        self.one_hot = F.one_hot(labels, len(data.present)).to(self.images)
+        readers = [*graph.layers, *graph.norms, *graph.shifts]
+        self.read = torch.cat([reader.channels.flatten() for reader in readers])  # numbers of neurons
+        pairs = [pairs for _, index, pairs in graph.neurons.blocks if index is None and pairs is not None]
+        self.summed = torch.cat(
+            [torch.zeros(0, dtype=torch.long), *(each.flatten() for each in pairs if each.shape[1] > 1)]
         )
+        self.means = NeuronRows(graph, torch.zeros(graph.channels))
         self.features: Features | None = None  # of the last dense layer so far
         self.held_out_percent: float | None = None
 
@@ -144,12 +155,7 @@ class Writing:
         else:
             self.features = Features(self.graph, layer, self.data, dict(self.weights), self.features)
             weight, bias = (self.of_classes if layer.last else self.dense)(layer, self.features)
-        if read is not None or layer.groups == 1:
-            weight = weight.view(layer.shape)
-        if not layer.last:
-            order = own_order(layer, self.own)
-            weight, bias = weight[order], bias[order]
-        layer.weight.put(self.written, bounded(weight), self.own)
+        layer.weight.put(self.written, bounded(weight.view(layer.shape)), self.own)
         if layer.bias:
             layer.bias.put(self.written, bounded(bias), self.own)
 
@@ -157,27 +163,79 @@ class Writing:
 
     def from_rows(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer that reads windows of maps, or tokens."""
-        groups, count = layer.groups, layer.shape[0] // layer.groups
         if layer.is_convolution:
-            rows = layer.patches(inputs, PLACES).flatten(1, 2)
+            rows = layer.patches(inputs, PLACES)
         else:
-            rows = of_images(inputs, -1, len(self.images)).flatten(0, 1)[None]
-        some = torch.randperm(rows.shape[1], generator=self.generator)[:MOST_ROWS]
-        rows = rows[:, some.to(rows.device)]
-        both_signs, parts = not is_odd(layer) and (layer.activation is not None or layer.normalised), []
-        for group in range(groups):
-            if groups > 8:  # depthwise: a principal direction of the channel
-                wanted = 2 * min(4, rows.shape[2] // 2)
-                parts.append(
-                    directions(rows[group], wanted, True, self.generator)[[(group + i) % 4 for i in range(count)]]
-                )
-            else:
-                parts.append(directions(rows[group], count, both_signs, self.generator))
-        weight = torch.stack(parts)
+            rows = of_images(inputs, -1, len(self.images))[None]
+        if layer.groups == 1:
+            if any(reader.pooled for reader in layer.readers) or (not layer.is_convolution and layer.activation):
+                return self.before_pooling(layer, inputs, rows[0])
+            if not layer.is_convolution and layer.activation is None:
+                return self.of_tokens(layer, rows[0])
+        some = torch.randperm(rows.shape[1] * rows.shape[2], generator=self.generator)[:MOST_ROWS].to(rows.device)
+        rows = rows.flatten(1, 2)[:, some]
+        weight = torch.stack([self.of_group(layer, group, values) for group, values in enumerate(rows)])
         responses = torch.einsum("gnf,gcf->ngc", rows, weight).flatten(1)
         scale, threshold, mean = to_scale(layer, responses)
-        self.means.add(mean.cpu())
-        return weight.flatten(0, 1).div(scale[:, None]).view(layer.shape), -threshold / scale
+        order = own_order(layer, self.own)
+        self.means.add(mean[order].cpu())
+        return weight.flatten(0, 1).div(scale[:, None])[order], (-threshold / scale)[order]
+
+    def of_group(self, layer: Layer, group: int, rows: Tensor) -> Tensor:
+        """Directions for the neurons of a group."""
+        count = layer.shape[0] // layer.groups
+        if layer.groups > MANY_GROUPS:  # depthwise: a principal direction of the channel
+            vectors, inverse_root = principal(rows, 4)
+            chosen = [(group + i) % len(vectors) for i in range(count)]
+            return (vectors * inverse_root[:, None])[chosen]
+        both_signs = not is_odd(layer) and (layer.activation is not None or layer.normalised)
+        return directions(rows, count, both_signs, self.generator)
+
+    def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates, those
+        whose means say most of the labels."""
+        activation, count = Activation(layer), layer.shape[0]
+        some = torch.randperm(rows.shape[0] * rows.shape[1], generator=self.generator)[:MOST_ROWS].to(rows.device)
+        weight = pooled_candidates(rows.flatten(0, 1)[some], rows.mean(1), self.one_hot, count, self.generator)
+        weight, bias = thresholds(weight, rows.flatten(0, 1)[some], activation, self.generator)
+        pooled = torch.cat([
+            of_images(activation(layer(part, weight.view(-1, *layer.shape[1:]), bias)), layer.axis, images).mean(1)
+            for part, images in self.parts(inputs)
+        ])  # fmt: skip
+        kept = forward_selection(pooled, self.one_hot, count)
+        kept = kept[torch.arange(count, device=kept.device) % len(kept)][own_order(layer, self.own)]
+        self.means.add((rows.flatten(0, 1)[some] @ weight[kept].T + bias[kept]).mean(0).cpu())
+        return weight[kept], bias[kept]
+
+    def parts(self, inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
+        """Inputs of all first images in parts, and how many images these are."""
+        axis = 0 if len(inputs) % len(self.images) == 0 else inputs.shape.index(len(self.images))
+        size = inputs.shape[axis] // len(self.images)
+        for part in inputs.split(PART * size, axis):
+            yield part, part.shape[axis] // size
+
+    def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and which
+        are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
+        numbers = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
+        compared = ~torch.isin(numbers, torch.cat([self.read, self.summed]))
+        tokens = rows.flatten(0, 1)
+        vectors, inverse_root = principal(tokens, layer.shape[0])
+        weight = rows.new_zeros(layer.shape[0], rows.shape[2])
+        count = int(compared.sum())
+        size = count // 2 if count < layer.shape[0] else count  # queries and keys in one layer, or each in its own
+        if count:
+            generator = torch.Generator().manual_seed(0)  # the same for queries and keys: which head compares what
+            dealt = torch.randperm(max(size, len(vectors)), generator=generator)[:size].to(rows.device) % len(vectors)
+            weight[compared] = (vectors * inverse_root[:, None])[dealt].repeat(-(-count // max(size, 1)), 1)[:count]
+        others = int((~compared).sum())
+        if others and torch.isin(numbers, self.summed).any():
+            weight[~compared] = into_stream(tokens, rows.mean(1), self.one_hot, others, self.generator)
+        elif others:
+            weight[~compared] = directions(tokens, others, False, self.generator)
+        bias = -weight @ tokens.mean(0)
+        self.means.add(torch.zeros(layer.shape[0]))
+        return weight, bias
 
     # ---- dense layers
 
@@ -186,6 +244,8 @@ class Writing:
         sample = features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
         weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.generator)
+        order = own_order(layer, self.own)
+        weight, bias = weight[order], bias[order]
         self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
         return weight, bias
 
