@@ -1,7 +1,11 @@
 """Where labelled images come from, and `python -m universal --data`."""
 
+import contextlib
 import gzip
+import io
+import json
 import pickle
+import re
 import struct
 import sys
 from pathlib import Path
@@ -9,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, printed
+from conftest import REPOSITORY, assert_png, printed
+from conftest import command as started
 from PIL import Image
 from safetensors.torch import save_file as save_safetensors
 from torch import nn
@@ -418,3 +423,151 @@ def test_images_are_made_what_the_module_takes(tmp_path):
     torch.testing.assert_close(
         grey.train.pixels.float().mean((1, 2, 3)), torch.tensor(plain, dtype=torch.float32), atol=1, rtol=0
     )
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_a_network_is_written_from_pictures_and_the_readme_s_lines_classify_one(nets, folder, tmp_path, monkeypatch):
+    """The lines of the README, as they stand there."""
+    output = written(nets, folder, "--evaluate", "--seed", 3)
+    assert "pictures: 36 images of 3 classes: blue, green, red" in output
+    assert "Images are 12 x 12, 3 channels, which the network takes, as [3, 12, 12]; mean 0." in output
+    assert float(re.search(r"Accuracy = ([\d.]+)% on one image in 5", output)[1]) > 80
+    record = json.loads((tmp_path / "w.json").read_text())
+    assert record["classes"] == [*COLOURS] and record["size"] == [12, 12] and record["channels"] == 3
+    assert record["shape"] == [3, 12, 12] and len(record["mean"]) == len(record["deviation"]) == 3
+
+    for suffix in ("pth", "json"):
+        (tmp_path / f"w.{suffix}").rename(tmp_path / f"weights.{suffix}")
+    (tmp_path / "my_net.py").write_text("from nets import linear as Net\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (lines,) = [
+        block for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+        if "weights.json" in block
+    ]  # fmt: skip
+    for name, colour in COLOURS.items():
+        picture(colour, 99, (31, 47)).save("picture.jpg")
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            exec(compile(lines, "README.md", "exec"), {})
+        assert said.getvalue() == f"{name}\n"
+
+
+def test_several_networks_have_a_json_each_and_the_same_seed_gives_the_same(nets, tmp_path):
+    data = saved(tmp_path / "a.npz", arrays(shape=(3, 12, 12), each=20))
+    written(nets, data, "--count", 2, model="hidden")
+    states = [torch.load(tmp_path / f"w_{index}.pth", weights_only=True) for index in (1, 2)]
+    assert not torch.equal(states[0]["1.weight"], states[1]["1.weight"])
+    assert (tmp_path / "w_1.json").read_text() == (tmp_path / "w_2.json").read_text()
+    written(nets, data, "--seed", 1, model="hidden")
+    again = torch.load(tmp_path / "w.pth", weights_only=True)
+    assert all(torch.equal(again[name], states[1][name]) for name in again)
+
+
+def test_test_images_score_and_adam_runs_beside_it(nets, tmp_path):
+    content = arrays(shape=(3, 12, 12), each=50)
+    content |= {f"test_{name}": value for name, value in arrays(shape=(3, 12, 12), each=10, seed=5).items()}
+    plot = tmp_path / "adam.png"
+    output = written(
+        nets, saved(tmp_path / "a.npz", content), "--evaluate", "--compare", "--plot", plot, model="hidden"
+    )
+    accuracy = float(re.search(r"Accuracy = ([\d.]+)% on 30 test images", output)[1])
+    assert accuracy > 80
+    assert f"| {accuracy:.2f} " in re.search(r"\| written .*", output)[0]
+    assert len(re.findall(r"\| Adam at 0\.\d+ ", output)) == 3 and "level with the written network" in output
+    assert_png(plot, 1200, 750)
+
+
+def test_what_holds_out_a_fifth_lets_neither_side_see_it(nets, folder, monkeypatch):
+    seen = {}
+
+    def compare(build, write, train, scored, seed):
+        seen["train"], seen["scored"] = train, scored
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", compare)
+    with pytest.raises(KeyboardInterrupt):
+        written(nets, folder, "--compare")
+    train, scored = ({*map(bytes, part.pixels.numpy())} for part in seen.values())
+    assert len(train) == 29 and len(scored) == 7 and not train & scored
+    assert Path(nets).with_name("w.pth").exists()  # saved before
+
+
+def test_a_broken_picture_is_named_and_the_rest_is_used(nets, folder, tmp_path, capsys):
+    whole = (folder / "red" / "004.png").read_bytes()
+    (folder / "red" / "004.png").write_bytes(whole[:300])
+    with pytest.raises(UserError, match="pictures: 1 of its pictures are broken"):
+        written(nets, folder)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "red/004.png: cannot be decoded (" in line
+    assert (tmp_path / "w.pth").exists() and (tmp_path / "w.json").exists()
+    assert "35 images" in written(nets, folder, "--skip-broken")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--steps", 2), "--steps does not go with --data"),
+        (("--synthesizer", "s.pth"), "--synthesizer does not go with --data"),
+        (("--validation", 9), "--validation does not go with --data"),
+        (("--plot", "p.png"), "--plot needs --compare"),
+        (("--size", 0), "'0' is no size in pixels: give one such as 64 or 48x64"),
+        (("--size", "9x"), "'9x' is no size in pixels"),
+        (("--channels", 2), "--channels: invalid choice"),
+        (("--limit", 1), "'1' is not a whole number from 2"),
+        (("--size", 13), "takes no images [N, 3, 13, 13]"),
+        (("--model", "{nets}:linear(2)"), "holds 3 classes, but the network has 2 outputs"),
+        (("--model", "{nets}:failing"), "(of the first it says RuntimeError: "),
+        (("--data", "nowhere"), "--data nowhere: no such file or directory"),
+    ],
+)
+def test_options_that_do_not_go_together_get_one_line_and_nothing_is_written(
+    nets, folder, tmp_path, refusal, options, reason
+):
+    options = [str(option).replace("{nets}", nets) for option in options]
+    line = refusal(
+        command.main, "--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "w.pth", *options,
+    )  # fmt: skip
+    assert reason in line
+    assert not (tmp_path / "w.pth").exists() and not (tmp_path / "w.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--size=9", "--channels=1", "--limit=9", "--skip-broken", "--compare"])
+def test_options_of_data_need_it(nets, tmp_path, refusal, option):
+    line = refusal(command.main, "--model", f"{nets}:linear", "--out", tmp_path / "w.pth", option)
+    assert f"{option.split('=')[0]} needs --data" in line
+
+
+def test_more_outputs_than_classes_are_fine(nets, folder, tmp_path):
+    written(nets, folder, model="linear(5)")
+    assert torch.load(tmp_path / "w.pth", weights_only=True)["1.bias"].shape == (5,)
+
+
+def test_weights_and_json_are_written_both_or_neither(nets, folder, tmp_path, refusal, monkeypatch):
+    written(nets, folder)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("w.*")}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    options = ("--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "w.pth", "--seed", 5)
+    assert "the disk is full" in refusal(command.main, *options)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*w*") if path.name[0] != "n"} == before
+    (tmp_path / "x.json").mkdir()
+    assert "x.json is a directory" in refusal(command.main, *options[:-4], "--out", tmp_path / "x.pth")
+
+
+def test_two_processes_write_what_one_does_and_speak_once(nets, folder, tmp_path):
+    written(nets, folder)
+    options = ("-m", "universal", "--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "two.pth")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    result = started(*options, "--device", "cpu", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("wrote") == 1
+    one, two = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("w", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-3, rtol=1e-3)
+    alone, shared = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("w", "two"))
+    assert shared["mean"] == pytest.approx(alone["mean"]) and shared["classes"] == alone["classes"]

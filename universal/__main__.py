@@ -40,7 +40,7 @@ from scripting import (
 from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
 from universal.data.images import ImageSet, LabelledPixels, load_images
-from universal.data.labelled import HELD_OUT, MOST_IMAGES
+from universal.data.labelled import FOLDS, MOST_IMAGES
 from universal.evaluation.comparison import compare, comparison_table, conclusion
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
@@ -172,7 +172,8 @@ def data_task(options: argparse.Namespace, build: Callable[[], nn.Module], rank:
 
     def accuracy(network: nn.Module, accounts) -> str:
         if images.test is None:
-            return f"{accounts.held_out_percent:.2f}% on one image in {HELD_OUT}, held out"
+            held_out = accounts.held_out_percent
+            return "unknown" if held_out is None else f"{held_out:.2f}% on one image in {FOLDS}, held out"
         return f"{accuracy_percent(network, images.test.to(options.device)):.2f}% on {len(images.test):,} test images"
 
     return Task(lambda network, seed: write_from(network, train, seed, options.limit), accuracy, images)
@@ -217,6 +218,10 @@ def report(network: nn.Module, seed: int, options: argparse.Namespace, task: Tas
         print(f"{options.model}: {warning.message}", file=sys.stderr)
     if seed == options.seed and accounts.left:
         print(f"Left at their init: {', '.join(accounts.left)}")
+    classes = task.images.classes if task.images else []
+    missing = [classes[label] for label in getattr(accounts, "missing", []) if label < len(classes)]
+    if seed == options.seed and missing:
+        print(f"Of these classes there are no images: {', '.join(missing)}", file=sys.stderr)
 
 
 def save(states: list[dict], options: argparse.Namespace, images: ImageSet | None) -> None:
@@ -242,8 +247,8 @@ def show_comparison(options: argparse.Namespace, build: Callable[[], nn.Module],
     train = images.train.to(options.device)
     if images.test is None:  # neither of the two is to know those that score
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed)).to(options.device)
-        known, kept = order[len(order) // HELD_OUT :], order[: len(order) // HELD_OUT]
-        train, scored, named = train.at(known), train.at(kept), f"one image in {HELD_OUT}, which neither has seen"
+        known, kept = order[len(order) // FOLDS :], order[: len(order) // FOLDS]
+        train, scored, named = train.at(known), train.at(kept), f"one image in {FOLDS}, which neither has seen"
     else:
         scored, named = images.test.to(options.device), f"{len(images.test):,} test images"
     print(f"\nBeside Adam, from {len(train):,} images; accuracy on {named}:", flush=True)

@@ -40,7 +40,7 @@ def fit(
     with still(module), torch.no_grad():
         for channels, size, shape in ((c, s, shape) for c in every for s in sizes for shape in shapes_of(c, s)):
             try:
-                logits = logits_of(module(torch.randn(2, *shape).to(dtype)))
+                logits = logits_of(module(torch.zeros(2, *shape, dtype=dtype)))
                 if logits is None or logits.dim() != 2 or len(logits) != 2:
                     raise ValueError("what it returns is no logits [N, classes]")
             except Exception as error:  # the module's own code may raise anything

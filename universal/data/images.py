@@ -147,4 +147,9 @@ def moments(pixels: Tensor, processes: int) -> tuple[Tensor, Tensor]:
         sums, count = sum(part[0] for part in parts), sum(part[1] for part in parts)
     mean, square = sums / max(count, 1)
     deviation = (square - mean.square()).clamp_min(0).sqrt()
-    return mean.float(), torch.where(deviation > 1e-6, deviation, 1.0).float()
+    return rounded(mean), rounded(torch.where(deviation > 1e-6, deviation, 1.0))
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Values to six digits, so that they are the same in whatever order they were summed up."""
+    return torch.tensor([float(f"{value:.6g}") for value in values.tolist()])
