@@ -559,9 +559,10 @@ def test_weights_and_json_are_written_both_or_neither(nets, folder, tmp_path, re
     assert "x.json is a directory" in refusal(command.main, *options[:-4], "--out", tmp_path / "x.pth")
 
 
-def test_two_processes_write_what_one_does_and_speak_once(nets, folder, tmp_path):
-    written(nets, folder)
-    options = ("-m", "universal", "--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "two.pth")
+def test_two_processes_write_what_one_does_and_speak_once(nets, tmp_path):
+    data = saved(tmp_path / "a.npz", arrays(each=200))
+    written(nets, data, model="linear(3, 144)")
+    options = ("-m", "universal", "--model", f"{nets}:linear(3, 144)", "--data", data, "--out", tmp_path / "two.pth")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     result = started(*options, "--device", "cpu", launcher=launcher)
     assert result.returncode == 0, result.stderr
