@@ -8,6 +8,7 @@ import pickle
 import re
 import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,23 @@ def convolutional(channels=3, classes=3):
     return nn.Sequential(
         nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
     )
+
+def half():
+    return hidden().half()
+
+def flat():
+    return nn.Linear(12 * 12 * 3, 3)
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(12 * 12, 3)
+    def forward(self, images):
+        count, _, _ = images.shape
+        return {"logits": self.layer(images.reshape(count, 144))}
+
+def named():
+    return Named()
 
 def failing():
     return nn.Sequential(nn.Unflatten(0, (7, 11)))
@@ -135,6 +153,25 @@ def test_what_is_transparent_is_white_and_rotated_pictures_are_upright(tmp_path)
     assert torch.allclose(
         read_picture(tmp_path / "turned.jpg", (16, 32), 1).float(), torch.tensor(np.array(upright)).float(), atol=40
     )
+
+
+def test_ctrl_c_ends_the_decoding(folder, monkeypatch):
+    decoded = []
+
+    def slowly(*_):
+        time.sleep(0.02)
+        decoded.append(1)
+        return 0
+
+    def interrupted(lines, **_):
+        next(lines)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("universal.data.pictures.read_picture", slowly)
+    monkeypatch.setattr("universal.data.pictures.tqdm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(folder, size=(8, 8))
+    assert len(decoded) < 36
 
 
 def test_code_in_a_picture_is_not_run(tmp_path, folder):
@@ -401,7 +438,8 @@ def test_what_a_module_takes_is_found_by_trying(module, own, expected):
     assert module.training and torch.equal(state, torch.get_rng_state())
 
 
-def test_what_no_module_takes_is_refused_with_its_own_error(folder):
+def test_what_no_module_takes_is_refused_with_its_own_error(folder, monkeypatch):
+    monkeypatch.setattr("universal.data.fitting.SIDES", {28: None, 32: None})  # a hundred others take seconds
     with pytest.raises(UserError) as caught:
         load_images(folder, nn.Sequential(nn.Unflatten(1, (7, 11))))
     line = str(caught.value)
@@ -523,8 +561,9 @@ def test_a_broken_picture_is_named_and_the_rest_is_used(nets, folder, tmp_path, 
     ],
 )
 def test_options_that_do_not_go_together_get_one_line_and_nothing_is_written(
-    nets, folder, tmp_path, refusal, options, reason
+    nets, folder, tmp_path, refusal, monkeypatch, options, reason
 ):
+    monkeypatch.setattr("universal.data.fitting.SIDES", {12: None})
     options = [str(option).replace("{nets}", nets) for option in options]
     line = refusal(
         command.main, "--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "w.pth", *options,
@@ -537,6 +576,34 @@ def test_options_that_do_not_go_together_get_one_line_and_nothing_is_written(
 def test_options_of_data_need_it(nets, tmp_path, refusal, option):
     line = refusal(command.main, "--model", f"{nets}:linear", "--out", tmp_path / "w.pth", option)
     assert f"{option.split('=')[0]} needs --data" in line
+
+
+def test_networks_of_every_kind_are_written_scored_and_compared(nets, tmp_path):
+    data = saved(tmp_path / "a.npz", arrays(shape=(3, 12, 12), each=50))
+    for model in ("half", "flat", "named"):
+        output = written(nets, data, "--evaluate", "--compare", model=model)
+        assert float(re.search(r"Accuracy = ([\d.]+)%", output)[1]) > 80
+        assert "level with the written network" in output
+    assert "as [12, 12]" in written(nets, data, model="named")
+
+
+def test_images_that_nothing_can_be_learned_from_get_one_line_that_names_the_file(nets, tmp_path, refusal):
+    content = arrays(shape=(3, 12, 12))
+    for change, reason in (
+        ({"images": np.where(content["images"] > 200, np.nan, 0.5)}, "the images hold NaN"),
+        ({"images": np.full((24, 3, 12, 12), 7)}, "all images are the same"),
+        ({"labels": np.array([1] * 24), "classes": np.arange(3)}, "all 24 labels are 1"),
+    ):
+        data = saved(tmp_path / "a.npz", content | change)
+        line = refusal(command.main, "--model", f"{nets}:linear", "--data", data, "--out", tmp_path / "w.pth")
+        assert reason in line and "a.npz: " in line and not (tmp_path / "w.pth").exists()
+
+
+def test_a_class_without_an_image_is_named(nets, tmp_path, capsys):
+    content = arrays(shape=(3, 12, 12)) | {"classes": np.array(["dark", "middle", "light", "lost"])}
+    written(nets, saved(tmp_path / "a.npz", content), model="linear(6)")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("a.npz: holds no images of lost")
 
 
 def test_more_outputs_than_classes_are_fine(nets, folder, tmp_path):

@@ -41,7 +41,7 @@ from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
 from universal.data.images import ImageSet, LabelledPixels, load_images
 from universal.data.labelled import FOLDS, MOST_IMAGES
-from universal.evaluation.comparison import compare, comparison_table, conclusion
+from universal.evaluation.comparison import accuracy_percent, compare, comparison_table, conclusion
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import ComputationGraph, Logits
@@ -131,7 +131,7 @@ def main() -> None:
         if options.compare:
             with blaming(options):
                 show_comparison(options, build, task.images)
-    if task.images is not None and task.images.broken and not options.skip_broken:
+    if rank == 0 and task.images is not None and task.images.broken and not options.skip_broken:
         raise UserError(
             f"{options.data}: {len(task.images.broken)} of its pictures are broken, named above, and were left out: "
             "remove them, or give --skip-broken"
@@ -218,10 +218,11 @@ def report(network: nn.Module, seed: int, options: argparse.Namespace, task: Tas
         print(f"{options.model}: {warning.message}", file=sys.stderr)
     if seed == options.seed and accounts.left:
         print(f"Left at their init: {', '.join(accounts.left)}")
-    classes = task.images.classes if task.images else []
-    missing = [classes[label] for label in getattr(accounts, "missing", []) if label < len(classes)]
-    if seed == options.seed and missing:
-        print(f"Of these classes there are no images: {', '.join(missing)}", file=sys.stderr)
+    if seed == options.seed and task.images is not None:
+        classes = task.images.classes
+        missing = [classes[label] for label in accounts.missing if label < len(classes)]
+        if missing:
+            print(f"{options.data}: holds no images of {', '.join(missing)}", file=sys.stderr)
 
 
 def save(states: list[dict], options: argparse.Namespace, images: ImageSet | None) -> None:
@@ -267,13 +268,6 @@ def blamed(error: Exception) -> str:
     """What an error says, with the line of the user's own code that it came through."""
     text, place = str(error) if isinstance(error, ValueError) else in_short(error), place_of(error)
     return text if place in text else text + place
-
-
-def accuracy_percent(network: nn.Module, images: LabelledPixels) -> float:
-    """The accuracy of `network`, in the precision that it takes."""
-    graph = ComputationGraph(network, images[:2][0])
-    precision = next(graph.module.parameters()).dtype
-    return score(Logits(graph), images.to(images.labels.device, precision)).accuracy_percent
 
 
 def scored(network: nn.Module, data: Dataset) -> Score:

@@ -38,7 +38,7 @@ def fit(
     said = None
     dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
     with still(module), torch.no_grad():
-        for channels, size, shape in ((c, s, shape) for c in every for s in sizes for shape in shapes_of(c, s)):
+        for channels, size, shape in ((c, s, shape) for s in sizes for c in every for shape in shapes_of(c, s)):
             try:
                 logits = logits_of(module(torch.zeros(2, *shape, dtype=dtype)))
                 if logits is None or logits.dim() != 2 or len(logits) != 2:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from statistics import median
 
@@ -48,7 +49,8 @@ class PictureFiles:
         """The pictures of this `index`, uint8 [n, channels, *size], and their labels [n], without those that cannot be
         decoded; and a line for each of these."""
         chosen = [self.paths[one] for one in index]
-        pixels, kept, broken = torch.empty((len(chosen), channels, *size), dtype=torch.uint8), [], []
+        pixels = torch.empty((len(chosen), channels, *size), dtype=torch.uint8)
+        kept, broken = [], []
 
         def decode(place: int) -> str | None:
             try:
@@ -57,8 +59,8 @@ class PictureFiles:
                 return f"{chosen[place]}: cannot be decoded ({in_short(error)})"
             return None
 
-        with ThreadPoolExecutor() as pool:
-            lines = pool.map(decode, range(len(chosen)))
+        # Closed first, so that nothing goes on after Ctrl-C.
+        with ThreadPoolExecutor() as pool, closing(pool.map(decode, range(len(chosen)))) as lines:
             bar = tqdm(lines, desc="Decoding pictures", total=len(chosen), delay=2, leave=False, disable=None)
             for place, line in enumerate(bar):
                 (kept if line is None else broken).append(place if line is None else line)

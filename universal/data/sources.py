@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scripting import UserError, load_file, refused_as
+from scripting import UserError, in_short, load_file, refused_as
 from target_cnn import unpack_idx
 from universal.data.labelled import checked
 from universal.data.pictures import MODES, PictureFiles, picture_classes, picture_files
@@ -51,7 +51,10 @@ def open_source(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"--data {path}: no such file or directory: give one with labelled images")
     for read in FORMATS:
-        source = read(path)
+        try:
+            source = read(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({in_short(error)}): make it readable") from error
         if source is not None:
             if len(source.classes) < 2:
                 raise UserError(f"{path}: holds the class {source.classes[0]} alone: give images of two or more")

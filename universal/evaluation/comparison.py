@@ -47,14 +47,23 @@ def compare(
     start = time.perf_counter()
     write(network, train)
     seconds = time.perf_counter() - start
-    written = Point(seconds, score(fast(network, train), scored).accuracy_percent)
+    written = Point(seconds, accuracy_percent(network, scored))
     if len(train) % BATCH == 1:  # a batch of one has no statistics for a norm
         train = train.at(slice(len(train) - 1))
     curves = {}
     for lr in RATES:
-        network = fast(built(build, seed, train.labels.device), train)
+        network = fast(
+            built(build, seed, train.labels.device).float(), train
+        )  # Adam's steps are lost in half precision
         curves[lr] = adam_curve(network, train, scored, lr, seed, written.accuracy_percent + CLEARLY)
     return Comparison(written, curves)
+
+
+def accuracy_percent(network: nn.Module, images: LabelledPixels) -> float:
+    """The accuracy of `network`, in the precision that it takes."""
+    graph = ComputationGraph(network, images[:2][0])
+    precision = next(graph.module.parameters()).dtype
+    return score(Logits(graph), images.to(images.labels.device, precision)).accuracy_percent
 
 
 def fast(network: nn.Module, train: LabelledPixels) -> nn.Module:
