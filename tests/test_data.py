@@ -481,6 +481,8 @@ def test_a_network_is_written_from_pictures_and_the_readme_s_lines_classify_one(
     (tmp_path / "my_net.py").write_text("from nets import linear as Net\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for module in ("my_net", "nets"):  # other tests have files of these names
+        monkeypatch.delitem(sys.modules, module, raising=False)
     (lines,) = [
         block for block in re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
         if "weights.json" in block

@@ -55,7 +55,7 @@ def compare(
         network = fast(
             built(build, seed, train.labels.device).float(), train
         )  # Adam's steps are lost in half precision
-        curves[lr] = adam_curve(network, train, scored, lr, seed, written.accuracy_percent + CLEARLY)
+        curves[lr] = adam_curve(network, train, scored, lr, seed, min(written.accuracy_percent + CLEARLY, 100))
     return Comparison(written, curves)
 
 
@@ -75,7 +75,7 @@ def fast(network: nn.Module, train: LabelledPixels) -> nn.Module:
 def adam_curve(
     network: nn.Module, train: LabelledPixels, scored: LabelledPixels, lr: float, seed: int, enough: float
 ) -> list[Point]:
-    """Train `network` until it is better than `enough` percent, or to the end: its accuracies, over the seconds of
+    """Train `network` until its accuracy is `enough`, in percent, or to the end: its accuracies, over the seconds of
     training alone."""
     torch.manual_seed(seed)
     steps = math.ceil(len(train) / BATCH)
@@ -90,7 +90,7 @@ def adam_curve(
         accuracy = score(network, scored).accuracy_percent
         points.append(Point(before + progress.seconds, accuracy))
         before += progress.seconds if ends else 0
-        if accuracy > enough:
+        if accuracy >= enough:
             break
     return points
 
