@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 from scripting import new_figure, save_figure
 from universal.evaluation.baselines import point_names
+from universal.evaluation.comparison import Comparison
 
 if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
     from matplotlib.axes import Axes
 
+RATE_COLOURS = ("#56B4E9", "#009E73", "#D55E00")  # of Adam's three rates
 COLOURS = {"written": "#0072B2", "random": "#D55E00"}  # of the two starts of training
 
 
@@ -53,3 +55,20 @@ def draw_training(panel: "Axes", training: list[dict]) -> None:
     panel.set_xticks(range(len(shown)), point_names(len(shown) - 1))
     panel.set_ylabel("accuracy (%)")
     panel.legend(loc="lower right")
+
+
+def plot_comparison(found: Comparison, name: str, path: Path) -> None:
+    """Save accuracy over seconds of a written network and of Adam at each rate."""
+    figure = new_figure(8, 5)
+    panel = figure.subplots()
+    for (lr, points), colour in zip(found.adam.items(), RATE_COLOURS, strict=True):
+        panel.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=f"Adam, rate {lr:g}")
+    panel.plot(*found.written, "*", color=COLOURS["written"], markersize=16, zorder=3, label="written")
+    panel.axhline(found.written.accuracy_percent, color=COLOURS["written"], alpha=0.4, lw=1)
+    panel.set_xscale("log")
+    panel.set_xlabel("seconds of writing, or of training")
+    panel.set_ylabel("accuracy (%)")
+    panel.set_title(name)
+    panel.grid(alpha=0.3)
+    panel.legend(loc="lower right")
+    save_figure(figure, path)
