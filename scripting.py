@@ -109,6 +109,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+MNIST = Path(__file__).resolve().parent / "data"  # where it comes with the repository
+
+
 # ---- options and devices ---------------------------------------------------------------------------------------------
 
 
@@ -185,8 +188,12 @@ def option_parser(description: str, seed: int) -> argparse.ArgumentParser:
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """The options of a script that reads MNIST."""
-    data = Path(__file__).resolve().parent / "data"
-    parser.add_argument("--data", type=Path, default=data, help="directory with MNIST/raw")
+    parser.add_argument("--data", type=Path, default=MNIST, help="directory with MNIST/raw")
+    add_validation_option(parser)
+
+
+def add_validation_option(parser: argparse.ArgumentParser) -> None:
+    """The option of a script that scores on MNIST."""
     parser.add_argument(
         "--validation", type=number(int, 0, 50_000), default=0,
         help="for tuning: hold out this many training images and score on them instead of the test images",
