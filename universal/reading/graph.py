@@ -26,6 +26,13 @@ from universal.reading.reading import Reading, logits_of
 from universal.reading.refusals import Refused, place_of
 
 
+class Reached(Exception):
+    """Ends a forward pass at the layer that is looked at, with what reaches it."""
+
+    def __init__(self, inputs: Tensor):
+        self.inputs = inputs
+
+
 class ComputationGraph:
     """The layers and norms of a module that classifies inputs as logits [N, classes].
 
@@ -127,6 +134,33 @@ class ComputationGraph:
             return write(operation, inputs)
 
         return self._forward(images, own, compute)
+
+    def inputs_of(
+        self, layer: Layer, images: Tensor, weights: dict[str, Tensor], given: tuple[Layer, Tensor] | None = None
+    ) -> Tensor:
+        """What reaches a layer, where it is first used, of images, with these weights. The pass ends there.
+
+        Of an earlier layer the outputs may be `given`: what comes before it is then not computed. Raises RuntimeError if
+        anything but these outputs matters for what comes after.
+        """
+        own = self._own(images, but=weights) | weights
+        shapes = {name: tensor.to("meta") for name, tensor in own.items()} if given else own
+        device = images.device
+        images = images.to("meta") if given else images
+
+        def compute(operation: Operation, inputs: Tensor) -> Tensor:
+            if operation is layer:
+                raise Reached(inputs)
+            if given and operation is given[0]:
+                return given[1]
+            return operation.of(shapes if inputs.is_meta else own, inputs)
+
+        try:
+            self._forward(images, shapes, compute)
+        except Reached as reached:
+            if reached.inputs.device == device:
+                return reached.inputs
+        raise RuntimeError(f"{layer.name}: is not reached, or not by what is given alone")
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
         """The logits of images, in their precision, each layer and norm by `compute(layer or norm, inputs)`."""

@@ -1,0 +1,1 @@
+"""Where labelled images come from: tensors, data sets and loaders, and files."""

@@ -1,0 +1,102 @@
+"""The last layer: ridge regression onto the labels, then logistic regression from there where that is better."""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from universal.data.labelled import HELD_OUT
+from universal.rules.features import Features
+from universal.rules.moments import Moments, Regression, Solved
+
+SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression are multiplied by
+USUAL_SHARPNESS = 8
+ITERATIONS = 15
+DECAY = 1e-4  # half of what squares of weights of standardised features add to the cross-entropy
+STEPS = 2.0 ** torch.arange(-4, 5)
+NONE = -1  # no fold
+
+
+def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regression, float | None]:
+    """What maps features to logits; and the accuracy in percent on the images held out of one that did not see them.
+
+    The logistic regression needs several passes, so it sees what is kept of the features, or else the sample.
+    """
+    sample = features.sample()
+    deviation = sample.features.std(0) + 1e-3 * sample.features.std() + 1e-12
+    mean = sample.features.mean(0) * intercept
+    moments = Moments()
+    for x, labels, folds in features:
+        moments.add((x - mean) / deviation, F.one_hot(labels, classes).to(x), folds == HELD_OUT)
+    solved, strength = moments.over_processes().ridge(intercept)
+    held = sample.folds == HELD_OUT
+    x, labels = (sample.features[held] - mean) / deviation, sample.labels[held]
+    sharpness, accuracy, fitted = USUAL_SHARPNESS, None, None
+    if len(labels):
+        ridges = [Regression(*(sharpness * values for values in solved.regression)) for sharpness in SHARPNESSES]
+        losses = [F.cross_entropy(regression(x), labels).item() for regression in ridges]
+        best = losses.index(min(losses))
+        sharpness, found = SHARPNESSES[best], ridges[best]
+        fitted = logistic(found, solved, features, mean, deviation, intercept, HELD_OUT)
+        if F.cross_entropy(fitted(x), labels).item() < losses[best]:
+            found = fitted
+        else:
+            fitted = None
+        accuracy = 100 * (found(x).argmax(1) == labels).double().mean().item()
+    solved = moments.ridge_of_all(strength, intercept)
+    found = Regression(*(sharpness * values for values in solved.regression))
+    if fitted is not None:
+        found = logistic(fitted, solved, features, mean, deviation, intercept, NONE)
+    weight = found.weight / deviation[:, None]
+    return Regression(weight, found.bias - mean @ weight), accuracy
+
+
+def logistic(
+    start: Regression, solved: Solved, features: Features, mean: Tensor, deviation: Tensor, intercept: bool, without: int
+) -> Regression:  # fmt: skip
+    """The logistic regression of standardised features, from a `start`, without the images of a fold.
+
+    Conjugate gradients, preconditioned by the features' Gram matrix, which bounds the Hessian (Böhning 1992).
+    """
+    chunks = [chunk for chunk in features.in_memory() if (chunk.folds != without).any()]
+    chunks = [tuple(values[chunk.folds != without] for values in chunk[:2]) for chunk in chunks]
+    chunks = [((x - mean) / deviation, labels) for x, labels in chunks]
+    shared = dist.is_initialized() and features.are_shares
+
+    def over_all(value: Tensor) -> Tensor:
+        if shared:
+            dist.all_reduce(value)
+        return value
+
+    count = over_all(mean.new_tensor(float(sum(len(labels) for _, labels in chunks))))
+    weight, bias = start
+    logits = [torch.addmm(bias, x, weight) for x, _ in chunks]
+    steps, direction, before = STEPS.to(mean), None, None
+    for _ in range(ITERATIONS):
+        downhill, downhill_bias = -2 * DECAY * weight, torch.zeros_like(bias)
+        gradient = torch.zeros_like(weight)
+        for (x, labels), known in zip(chunks, logits, strict=True):
+            residual = F.one_hot(labels, len(bias)).to(x) - known.softmax(1)
+            gradient += x.T @ residual
+            downhill_bias += residual.sum(0)
+        downhill += over_all(gradient) / count
+        downhill_bias = over_all(downhill_bias) / count * intercept
+        scaled = (2 * count * solved.inverse(downhill), 2 * downhill_bias)
+        size = (downhill * scaled[0]).sum() + downhill_bias @ scaled[1]
+        share = 0.0
+        if direction is not None:  # Polak and Ribière
+            last, last_scaled, last_size = before
+            new = size - (last[0] * scaled[0]).sum() - last[1] @ scaled[1]
+            share = (new / last_size).clamp(min=0)
+        direction = scaled if direction is None else tuple(a + share * b for a, b in zip(scaled, direction, strict=True))
+        before = ((downhill, downhill_bias), scaled, size)
+        along = [torch.addmm(direction[1], x, direction[0]) for x, _ in chunks]
+        losses = over_all(torch.stack([
+            sum(F.cross_entropy(known + step * change, labels, reduction="sum")
+                for (_, labels), known, change in zip(chunks, logits, along, strict=True))
+            for step in steps
+        ])) / count + torch.stack([DECAY * (weight + step * direction[0]).square().sum() for step in steps])
+        step = steps[losses.argmin()]
+        weight, bias = weight + step * direction[0], bias + step * direction[1]
+        logits = [known.add_(step * change) for known, change in zip(logits, along, strict=True)]
+    return Regression(weight, bias)

@@ -1,0 +1,144 @@
+"""What reaches a layer of all images: in chunks, each computed once where memory allows."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from target_cnn import fast_bf16
+from universal.data.labelled import LabelledImages
+from universal.reading.calls import Layer
+from universal.reading.graph import ComputationGraph
+
+CACHE = 2**28  # elements of features that are kept for the next pass, one GiB
+LARGEST_MAP = 2**23  # elements that a layer gives of a chunk
+LARGEST_CHUNK = 1000  # images
+PLACES = 7  # along each side of the maps, at which a last convolution is looked at
+
+
+def chunk_size(graph: ComputationGraph, shape: tuple[int, ...], largest: int = LARGEST_MAP) -> int:
+    """How many images of a shape go through a network at once, so that no layer gives more than `largest` elements."""
+    widest = max(round(max(layer.resolution, 1) ** (2 if layer.is_convolution else 1)) * layer.shape[0] for layer in graph.layers)
+    return max(min(largest // max(widest, torch.Size(shape).numel()), LARGEST_CHUNK), 8)
+
+
+def features_of(layer: Layer, inputs: Tensor, count: int) -> Tensor | None:
+    """What a layer whose outputs are one number a neuron reads of each of `count` images, [count, features].
+
+    None if it gives more. The last layer may: the classes are then what they are in the mean over places.
+    """
+    if layer.is_convolution:
+        if layer.groups > 1:
+            return None
+        patches = layer.patches(inputs, PLACES if layer.last else 2)[0]
+        return patches.mean(1) if layer.last or patches.shape[1] == 1 else None
+    if len(inputs) == count and inputs[0].numel() == inputs.shape[-1]:
+        return inputs.flatten(1)
+    return of_images(inputs, -1, count).mean(1) if layer.last else None
+
+
+def of_images(inputs: Tensor, axis: int, count: int) -> Tensor:
+    """Activations whose channels lie on `axis`, by image: [count, places, channels].
+
+    The images may lie on any axis, or be folded into the first one with their places.
+    """
+    inputs = inputs.movedim(axis, -1)
+    others = inputs.shape[:-1]
+    if count in others:
+        inputs = inputs.movedim(others.index(count), 0)
+    return inputs.reshape(count, -1, inputs.shape[-1])
+
+
+class Chunk(NamedTuple):
+    features: Tensor  # [n, features], float32
+    labels: Tensor  # [n]
+    folds: Tensor  # [n]
+
+
+class Features:
+    """What reaches a `layer` of `data`, with the weights that are written so far.
+
+    `before`, those of an earlier layer, saves the pass up to there where all of them are kept.
+    """
+
+    def __init__(
+        self, graph: ComputationGraph, layer: Layer, data: LabelledImages, weights: dict[str, Tensor],
+        before: "Features | None" = None,
+    ):  # fmt: skip
+        self.graph, self.layer, self.data, self.weights = graph, layer, data, weights
+        self.before = before if before is not None and before.can_be_continued else None
+        fast = graph.convolutional and fast_bf16(data.sample.images.device)
+        self.precision = torch.bfloat16 if fast else torch.float32
+        self.cast = {name: tensor.to(self.precision) for name, tensor in weights.items()}
+        self.size = chunk_size(graph, data.shape)
+        self.kept: list[Tensor] = []
+        self.is_flat = False  # whether they are all that reaches the layer, in its shape
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for index, batch in enumerate(self.data.batches(self.size)):
+            if index == len(self.kept):
+                features = self.continued(batch.images, index)
+                features = self.of(batch.images) if features is None else features
+                if self.data.resident is not None and (index + 1) * self.size * features.shape[1] <= CACHE:
+                    self.kept.append(features)
+            else:
+                features = self.kept[index]
+            yield Chunk(features, batch.labels, batch.folds)
+
+    @property
+    def can_be_continued(self) -> bool:
+        return self.is_flat and self.all_kept
+
+    def sample(self) -> Chunk:
+        """Those of the images of the sample."""
+        wanted = self.data.sample
+        if self.data.resident is not None and not dist.is_initialized():  # it begins with the sample
+            chunks, count = [], 0
+            for chunk in self:
+                chunks.append(chunk)
+                count += len(chunk.labels)
+                if count >= len(wanted.labels):
+                    break
+            return Chunk(*(torch.cat(values)[: len(wanted.labels)] for values in zip(*chunks, strict=True)))
+        features = torch.cat([self.of(images) for images in wanted.images.split(self.size)])
+        return Chunk(features, wanted.labels, wanted.folds)
+
+    @property
+    def all_kept(self) -> bool:
+        return self.data.resident is not None and len(self.kept) * self.size >= len(self.data.resident.labels)
+
+    @property
+    def are_shares(self) -> bool:
+        """Whether those `in_memory` are this process's share of all."""
+        return self.all_kept
+
+    def in_memory(self) -> Iterator[Chunk]:
+        """What can be passed over again at no cost: all, after a pass in which they were kept, or else the sample."""
+        yield from self if self.all_kept else [self.sample()]
+
+    def of(self, images: Tensor) -> Tensor:
+        """What reaches the layer of some images."""
+        layout = torch.channels_last if images.dim() == 4 else torch.contiguous_format  # in which pooling is fast
+        inputs = self.graph.inputs_of(self.layer, images.to(self.precision, memory_format=layout), self.cast)
+        self.is_flat = inputs.dim() == 2
+        return self.checked(features_of(self.layer, inputs, len(images)))
+
+    def continued(self, images: Tensor, index: int) -> Tensor | None:
+        """The same for the chunk of an index, from the features that are kept of the layer before."""
+        if self.before is None:
+            return None
+        outputs = self.before.layer.of(self.weights, self.before.kept[index])
+        try:
+            inputs = self.graph.inputs_of(self.layer, images, self.weights, (self.before.layer, outputs))
+        except Exception:  # what the module computes with may not be on the device "meta"
+            self.before = None
+            return None
+        self.is_flat = inputs.dim() == 2
+        return self.checked(features_of(self.layer, inputs, len(images)))
+
+    def checked(self, features: Tensor) -> Tensor:
+        if not features.isfinite().all():
+            raise ValueError(f"{self.layer.name}: NaN or infinite values reach it of the images")
+        return features.float()
