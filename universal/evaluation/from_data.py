@@ -231,9 +231,11 @@ def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Seque
 
 
 def last_layer_alone(build: Callable[[], nn.Module], train: Dataset, data: DataSet, seed: int) -> float:
-    """The accuracy in percent of a network at its init but for its last layer, which is written as ever."""
-    network = built(build, seed, train.images.device)
-    write(network, train.images, train.labels, seed=seed, only_last=True)
+    """The accuracy in percent of a network whose other layers are frozen at their init."""
+    network = built(build, seed, train.images.device).requires_grad_(False)
+    *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
+    last.requires_grad_(True)
+    write(network, train.images, train.labels)
     return score(network, data.test).accuracy_percent
 
 
