@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import assert_png, printed, small_synthesizer
 
-from target_cnn import score, train_with_adam
+from target_cnn import Progress, score, train_with_adam
 from universal import evaluate
-from universal.evaluation import baselines, from_data
+from universal.evaluation import baselines, clock, from_data
 from universal.evaluation.networks import EVALUATED, cnn, mlp
 from universal.reading.graph import ComputationGraph
 
@@ -129,7 +129,8 @@ NETWORKS = "MLP 784-16-10", "conv 4, 8, valid"
 @pytest.fixture
 def from_digits(tmp_path, monkeypatch, digits):
     """Evaluate networks that are written from few images, in few steps of Adam: the record, and what was printed."""
-    settings = {"FIRST_STEPS": 2, "FEWEST_STEPS": 5, "EPOCHS": 2, "HELD_OUT": 100, "RATES": (0.001, 0.003)}
+    monkeypatch.setattr(clock, "FEWEST_STEPS", 5)
+    settings = {"FIRST_STEPS": 2, "EPOCHS": 2, "HELD_OUT": 100, "RATES": (0.001, 0.003)}
     for name, value in settings.items():
         monkeypatch.setattr(from_data, name, value)
     monkeypatch.setattr(from_data, "training_data", lambda *_: digits[500:])
@@ -166,36 +167,60 @@ def test_evaluate_holds_what_is_written_from_data_against_adam_by_the_clock(from
     assert_png(tmp_path / "d.png", 900, 435)
 
 
-def test_an_evaluation_on_data_goes_on_where_it_was_killed(from_digits, tmp_path, monkeypatch, refusal):
-    _, text = from_digits("--images", "all")
-    path = tmp_path / "d.json"
-    whole = json.loads(path.read_text())
-    path.write_text(json.dumps(whole | {"rows": whole["rows"][:1]}))
+def made_up(network: str, mean: float, matched: float | None) -> dict:
+    """A row as if Adam had been looked at for 8 seconds, to 90 %, and the network written in one."""
+    adam = {"curve": [[0, 10], [1, 90.0], [8, 90]], "matched": matched}
+    adam["equal_seconds"] = {"accuracy_percent": 90.0, "learning_rate": 0.001}
+    nulls = dict.fromkeys(("random_features", "pixels", "init"), 50.0)
+    written = {"mean": mean, "minimum": mean, "maximum": mean}
+    return {
+        "network": network, "images": 1000, "written": written, "seconds": 1.0, "on_the_way": mean, "adam": adam,
+        "nulls": nulls,
+    }  # fmt: skip
 
+
+def test_an_evaluation_on_data_goes_on_where_it_was_killed(from_digits, tmp_path, monkeypatch, refusal):
     seen = []
 
     def evaluated(name, *_):
+        if seen == [NETWORKS[0]]:
+            raise KeyboardInterrupt
         seen.append(name)
-        return next(row for row in whole["rows"] if row["network"] == name)
+        return made_up(name, 90 + len(seen), None)
 
     monkeypatch.setattr(evaluate, "evaluate_from_data", evaluated)
-    record, again = from_digits("--images", "all")
-    assert seen == [NETWORKS[1]] and record == whole
-    assert again[again.index("| Network") :] == text[text.index("| Network") :]
+    with pytest.raises(KeyboardInterrupt):
+        from_digits("--images", "all")
+    seen.append("killed")
+    record, text = from_digits("--images", "all")
+    assert seen == [NETWORKS[0], "killed", NETWORKS[1]]
+    assert [row["written"]["mean"] for row in record["rows"]] == [91, 93]
+    assert "Going on from 1 rows" in text and f"| {NETWORKS[0]}    | 91.00" in text and "| 93.00" in text
+    assert from_digits("--images", "all")[0] == record and len(seen) == 3
 
-    options = ["--data", "mnist", "--results", path]
+    path = tmp_path / "d.json"
     for content in (path.read_text(), "{"):
         path.write_text(content)
-        line = refusal(evaluate.main, *options, "--seed", 7)
+        line = refusal(evaluate.main, "--data", "mnist", "--results", path, "--seed", 7)
         assert line == f"{path}: is of another evaluation, or damaged: delete it or choose another --results"
         assert path.read_text() == content
 
 
-def test_evaluate_refuses_data_sets_that_it_cannot_read(refusal, tmp_path):
-    assert str(tmp_path / "none") in refusal(
-        evaluate.main, "--data", tmp_path / "none", "--results", tmp_path / "r.json"
-    )
+def test_what_adam_does_not_match_counts_at_the_seconds_looked_at():
+    printed = from_data.conclusion_of([made_up("one", 90.0, None), made_up("two", 89.9, 2.0)])
+    assert "Ahead of Adam at equal seconds: 1 of 2\n" in printed
+    assert ": 4.00 in the geometric mean (1 of 2 unmatched and counted at the seconds looked at)" in printed
+
+
+def test_evaluate_refuses_data_sets_that_it_cannot_use(refusal, tmp_path):
+    missing, results = tmp_path / "none", tmp_path / "r.json"
+    assert str(missing) in refusal(evaluate.main, "--data", missing, "--results", results)
     assert "'3' is not a whole number from 20" in refusal(evaluate.main, "--data", "mnist", "--images", 3)
+    images, labels = torch.zeros(100, 1, 28, 28), torch.arange(100) % 2
+    torch.save({"images": images, "labels": labels}, tmp_path / "same.pt")
+    options = ["--networks", NETWORKS[0], "--images", "all", "--results", results]
+    line = refusal(evaluate.main, "--data", tmp_path / "same.pt", *options)
+    assert line == f"{tmp_path / 'same.pt'}: all images are the same: give images that differ"
 
 
 def test_images_of_any_size_become_those_that_the_networks_take(tmp_path):
@@ -222,7 +247,7 @@ def test_adam_trains_once_at_each_rate_on_the_images_that_are_written_from(monke
         seen.append(train)
         return train_with_adam(network, train, *options, **more)
 
-    monkeypatch.setattr(from_data, "train_with_adam", spy)
+    monkeypatch.setattr(clock, "train_with_adam", spy)
     train = data.known[:400]
     found = from_data.adam_beside(start(0), train, data, seed=0, seconds=0.02, goal=101, whole=True)
     assert len(seen) == 2 and all(each is train for each in seen)
@@ -236,29 +261,16 @@ def test_adam_trains_once_at_each_rate_on_the_images_that_are_written_from(monke
     assert found["epoch"]["accuracy_percent"] == score(start(0), data.test).accuracy_percent
 
 
-def test_a_curve_says_when_adam_matches_and_when_it_is_over(digits):
-    training = from_data.Training(start(0), digits[:500], small_set(digits), 1e-3, seed=0)
+def test_a_curve_says_when_adam_matches_and_when_it_is_over(monkeypatch, digits):
+    training = clock.Training(start(0), digits[:500], digits[:100], 1e-3, seed=0, seconds=1.0, most_steps=60)
     training.curve = [(0.0, 10.0), (1.0, 50.0), (2.0, 40.0), (4.0, 80.0), (7.9, 80.05)]
     assert training.matched(30) == 0.5 and training.matched(50) == 1 and training.matched(70) == 3.5
     assert training.matched(90) is None
 
-    training.data = training.data._replace(known=digits)  # 20 steps an epoch
-    late, early = from_data.Progress(9, 59, 0.0, 0.0, 8.0), from_data.Progress(1, 40, 0.0, 0.0, 8.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(from_data, "FEWEST_STEPS", 50)
-        assert not training.is_over(late) and training.is_over(late._replace(step=60))
-        training.curve.append((8.0, 80.09))
-        assert training.is_over(late) and not training.is_over(early)
-        training.curve.append((8.0, 80.2))
-        assert not training.is_over(late)
-
-
-def test_what_adam_does_not_match_counts_at_the_seconds_looked_at():
-    def row(matched, mean):
-        point = {"accuracy_percent": 90.0, "learning_rate": 0.001}
-        adam = {"curve": [[0, 10], [8, 90]], "matched": matched, "equal_seconds": point}
-        return {"written": {"mean": mean}, "seconds": 1.0, "adam": adam}
-
-    printed = from_data.conclusion_of([row(None, 90.0), row(2.0, 89.9)])
-    assert "Ahead of Adam at equal seconds: 1 of 2\n" in printed
-    assert ": 4.00 in the geometric mean (1 of 2 unmatched and counted at the seconds looked at)" in printed
+    monkeypatch.setattr(clock, "FEWEST_STEPS", 50)
+    early, late, last = (Progress(1, step, 0.0, 0.0, 8.0) for step in (49, 59, 60))
+    assert not training.is_over(late) and training.is_over(last)
+    training.curve.append((8.0, 80.09))
+    assert training.is_over(late) and not training.is_over(early)
+    training.curve.append((8.0, 80.2))
+    assert not training.is_over(late)

@@ -128,7 +128,10 @@ def evaluate_data_sets(options: argparse.Namespace, seeds: range) -> None:
                 continue
             group = [(name, str(count), network) for network in options.networks]
             for key in [key for key in group if key not in rows]:
-                row = evaluate_from_data(key[-1], data, None if count == ALL else count, seeds)
+                try:
+                    row = evaluate_from_data(key[-1], data, None if count == ALL else count, seeds)
+                except ValueError as error:  # of images that nothing can be learned from
+                    raise UserError(f"{name}: {error}") from error
                 rows[key] = {"data": name, "number": str(count)} | row
                 save_json(options.results, record | {"rows": list(rows.values())})
                 print(f"{', '.join(key)}: {row['written']['mean']:.2f} %", file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, geometric_mean, median
 from typing import NamedTuple
@@ -19,20 +18,18 @@ import torch
 from torch import nn
 
 from scripting import MNIST, mean_and_range, summary_statistics, table
-from target_cnn import Dataset, Progress, score, scoring_data, train_with_adam, training_data
+from target_cnn import Dataset, Progress, score, scoring_data, training_data
 from universal.data.images import load_images
 from universal.evaluation.baselines import FIRST_STEPS, HELD_OUT, RATES, built
+from universal.evaluation.clock import BATCH, Point, Training
 from universal.evaluation.networks import EVALUATED
 from universal.mnist import CLASSES, IMAGE_SIDE
 from universal.reading.graph import in_fastest_layout
 from universal.rules.synthesis import write
 
-BATCH = 128  # images in a step of Adam
 ON_THE_WAY = 2000  # test images on which accuracy is noted during training
-FINENESS = 1.25  # from one such moment to the next
 EPOCHS = 3  # of all images, for which Adam may go on until it matches
 SCARCE = 200  # images up to which Adam runs until it stops gaining: labels are what is scarce then, not time
-GAIN, FEWEST_STEPS = 0.1, 300  # it has stopped when, after so many steps, half of its time brought fewer points
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------
@@ -49,6 +46,11 @@ class DataSet(NamedTuple):
     def epoch(self) -> int:
         """Steps of an epoch of Adam on all training images; as if none were held out, which would make it shorter."""
         return math.ceil((len(self.known.labels) + len(self.held_out.labels)) / BATCH)
+
+    def training(self, network: nn.Module, train: Dataset, lr: float, seed: int, seconds: float) -> Training:
+        """Adam on some of the images, by the clock of a network that was written in so many seconds."""
+        pauses = (FIRST_STEPS, self.epoch)
+        return Training(network, train, self.test[:ON_THE_WAY], lr, seed, seconds, EPOCHS * self.epoch, pauses=pauses)
 
 
 def load_data_set(name: str, validation: int, device: torch.device) -> DataSet:
@@ -83,80 +85,17 @@ def shuffled(data: Dataset) -> Dataset:
     return data[order.to(data.labels.device)]
 
 
-# ---- Adam by the clock -----------------------------------------------------------------------------------------------
+# ---- a row: a network and a number of images -------------------------------------------------------------------------
 
 
-class Point(NamedTuple):
-    """A network as Adam had it at a moment, and how good its rate seems there: on the images held out."""
+def best(points: Iterable[Point], held_out: Dataset) -> Point:
+    """The point whose rate seems best there; where accuracies tie, of the smaller loss."""
 
-    learning_rate: float
-    seconds: float  # of training
-    network: nn.Module
-    held_out: tuple[float, float]  # accuracy, and the cross-entropy with its sign turned, where accuracies tie
+    def merit(point: Point) -> tuple[float, float]:
+        result = score(point.network, held_out)
+        return result.accuracy_percent, -result.cross_entropy
 
-    def report(self, data: Dataset) -> dict:
-        return {
-            "learning_rate": self.learning_rate, "seconds": self.seconds,
-            "accuracy_percent": score(self.network, data).accuracy_percent,
-        }  # fmt: skip
-
-
-class Training:
-    """A training with Adam that goes on when it is told to.
-
-    `curve` has the seconds and the accuracy in percent on the first test images, before it and at the `moments`.
-    """
-
-    def __init__(
-        self, network: nn.Module, train: Dataset, data: DataSet, lr: float, seed: int, moments: Sequence[float] = ()
-    ):
-        self.network, self.data, self.lr, self.seed, self.moments = network, data, lr, seed, list(moments)
-        self.curve = [(0.0, self._accuracy())]
-        pauses = (FIRST_STEPS, data.epoch, EPOCHS * data.epoch)
-        self.steps = train_with_adam(
-            network, train, sys.maxsize, lr, BATCH, pauses=pauses, moments=moments, label=f"Adam at {lr:g}"
-        )
-
-    def run(self, marks: dict[str, Callable[[Progress], bool]]) -> dict[str, Point]:
-        """Train on until each of the `marks` holds: where it stood when each first did."""
-        found: dict[str, Point] = {}
-        if len(self.curve) == 1:
-            torch.manual_seed(self.seed)  # at all rates the same images in the same order
-        for progress in self.steps:
-            if self.moments and progress.all_seconds >= self.moments[0]:
-                self.curve.append((progress.all_seconds, self._accuracy()))
-                self.moments = [moment for moment in self.moments if moment > progress.all_seconds]
-            for name in [name for name, holds in marks.items() if name not in found and holds(progress)]:
-                found[name] = self._point(progress.all_seconds)
-            if len(found) == len(marks):
-                break
-        return found
-
-    def is_over(self, progress: Progress) -> bool:
-        """Whether it has seen as many images as it may, or gained next to nothing in the second half of its time."""
-        most = max(accuracy for _, accuracy in self.curve)
-        reached = next(seconds for seconds, accuracy in self.curve if accuracy >= most - GAIN)
-        stopped = progress.step >= FEWEST_STEPS and self.curve[-1][0] >= 2 * reached
-        return stopped or progress.step >= EPOCHS * self.data.epoch
-
-    def matched(self, accuracy: float) -> float | None:
-        """Seconds to this accuracy on the first test images, on straight lines between the points of the curve."""
-        for (earlier, lower), (later, higher) in pairwise(self.curve):
-            if higher >= accuracy:
-                return earlier + (later - earlier) * max(accuracy - lower, 0) / max(higher - lower, 1e-9)
-        return None
-
-    def _accuracy(self) -> float:
-        return score(self.network, self.data.test[:ON_THE_WAY]).accuracy_percent
-
-    def _point(self, seconds: float) -> Point:
-        network = copy.deepcopy(self.network)
-        held_out = score(network, self.data.held_out)
-        return Point(self.lr, seconds, network, (held_out.accuracy_percent, -held_out.cross_entropy))
-
-
-def best(points: Iterable[Point]) -> Point:
-    return max(points, key=lambda point: point.held_out)
+    return max(points, key=merit)
 
 
 def adam_beside(
@@ -168,19 +107,17 @@ def adam_beside(
     The training whose rate is best at the last of these goes on for the seconds that it takes to the `goal`, an
     accuracy on the first test images.
     """
-    moments = [seconds * FINENESS**power for power in range(-10, 60)]
-    trainings = [Training(copy.deepcopy(network), train, data, lr, seed, moments) for lr in RATES]
+    trainings = [data.training(copy.deepcopy(network), train, lr, seed, seconds) for lr in RATES]
     stood: dict[str, list[Point]] = {}
     for training in trainings:
         marks = {"equal_seconds": lambda progress: progress.all_seconds >= seconds}
         if len(train.labels) <= SCARCE:
             marks["end"] = training.is_over
         if whole:
-            marks["first_steps"] = lambda progress: progress.step >= FIRST_STEPS
-            marks["epoch"] = lambda progress: progress.step >= data.epoch
+            marks |= {"first_steps": after_first_steps, "epoch": lambda progress: progress.step >= data.epoch}
         for name, point in training.run(marks).items():
             stood.setdefault(name, []).append(point)
-    points = {name: best(each) for name, each in stood.items()}
+    points = {name: best(each, data.held_out) for name, each in stood.items()}
 
     last = max(points.values(), key=lambda point: point.seconds)
     (training,) = (each for each in trainings if each.lr == last.learning_rate)
@@ -190,12 +127,15 @@ def adam_beside(
     return found | {"curve": training.curve, "matched": training.matched(goal)}
 
 
-# ---- a row: a network and a number of images -------------------------------------------------------------------------
+def after_first_steps(progress: Progress) -> bool:
+    return progress.step >= FIRST_STEPS
 
 
 def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Sequence[int]) -> dict:
     """A network written from the first `count` images, or all, beside Adam and beside what is simpler."""
     train, device, build = data.known[:count], data.test.images.device, EVALUATED[name]
+    if len(train.labels) % BATCH == 1:
+        train = train[:-1]  # of a batch of one, a norm has no statistics
 
     def laid_out(network: nn.Module) -> nn.Module:
         return in_fastest_layout(network, train.images[:2])
@@ -213,11 +153,9 @@ def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Seque
     start = laid_out(built(build, seeds[0], device))
     adam = adam_beside(start, train, data, seeds[0], median(seconds), goal, whole=count is None)
     if count is None:
-        marks = {"first_steps": lambda progress: progress.step >= FIRST_STEPS}
-        first = [
-            Training(copy.deepcopy(networks[0]), train, data, lr, seeds[0]).run(marks)["first_steps"] for lr in RATES
-        ]
-        adam["first_steps_from_written"] = best(first).report(data.test)
+        further = (data.training(copy.deepcopy(networks[0]), train, lr, seeds[0], median(seconds)) for lr in RATES)
+        points = [training.run({"end": after_first_steps})["end"] for training in further]
+        adam["first_steps_from_written"] = best(points, data.held_out).report(data.test)
     written = summary_statistics([each.accuracy_percent for each in scores])
     return {
         "network": name, "images": len(train.labels), "written": written, "seconds": median(seconds),
