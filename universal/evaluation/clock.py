@@ -43,7 +43,7 @@ class Training:
         most_steps: int, pauses: Container[int] = (),
     ):  # fmt: skip
         self.network, self.noted, self.lr, self.seed, self.most_steps = network, noted, lr, seed, most_steps
-        self.moments = [seconds * FINENESS**power for power in range(-10, 60)]
+        self.moments = [seconds * FINENESS**power for power in range(-15, 60)]
         self.curve = [(0.0, self._accuracy())]
         self.steps = train_with_adam(
             network, train, sys.maxsize, lr, BATCH, pauses={*pauses, most_steps}, moments=self.moments,

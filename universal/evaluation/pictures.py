@@ -74,7 +74,7 @@ def plot_from_data(rows: Sequence[dict], path: Path) -> None:
         for row in shown:
             draw_race(panel, row, colours[row["number"]])
         panel.set_title(f"{Path(name).name}: {network}" if several else network, fontsize=8)
-        panel.set_ylim(bottom=max(min(row["on_the_way"] for row in shown) - 20, 0))
+        panel.set_ylim(bottom=max(min(row["on_the_way"] for row in shown) - 12, 0))
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
     for panel in list(panels):
