@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import struct
 import time
 import urllib.request
 import zlib
@@ -235,23 +236,36 @@ def read_idx(archive: Path, shape: tuple[int, ...]) -> Tensor:
 
     If neither can be read the archive is downloaded. Raises UserError if that fails.
     """
-
-    def values(content: bytes) -> Tensor:
-        header = 4 + 4 * len(shape)  # a magic number, and the size of each axis
-        return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)
-
-    for path, unpack in ((archive, gzip.decompress), (archive.with_suffix(""), bytes)):
-        with contextlib.suppress(OSError, EOFError, ValueError, RuntimeError, zlib.error):
-            return values(unpack(path.read_bytes()))
+    for path in (archive, archive.with_suffix("")):
+        with contextlib.suppress(OSError, EOFError, ValueError, zlib.error):
+            return unpack_idx(path.read_bytes(), shape)
     with refused_as(
         f"{archive}: is {'damaged' if archive.exists() else 'missing'} and could not be downloaded: "
         "give the directory that holds MNIST/raw with --data, or restore data/ from git"
     ):
         with urllib.request.urlopen(MNIST_MIRROR + archive.name, timeout=60) as response:
             content = response.read()
-        downloaded = values(gzip.decompress(content))
+        downloaded = unpack_idx(content, shape)
     save_file(archive, lambda temporary: temporary.write_bytes(content))
     return downloaded
+
+
+def unpack_idx(content: bytes, shape: tuple[int, ...] | None = None) -> Tensor:
+    """What a file in MNIST's format holds, uint8, compressed or not: of this `shape`, or that which its header gives.
+
+    Raises EOFError, ValueError or zlib.error if it does not.
+    """
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    if content[:3] != b"\x00\x00\x08":
+        raise ValueError("it does not begin as files of bytes in MNIST's format do")
+    sizes = struct.unpack_from(f">{content[3]}I", content.ljust(4 + 4 * content[3]), 4)
+    values = torch.tensor([], dtype=torch.uint8)
+    if len(content) > 4 + 4 * len(sizes):
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=4 + 4 * len(sizes))
+    if len(values) != math.prod(sizes) or (shape is not None and sizes != shape):
+        raise ValueError(f"it holds {len(values):,} bytes of shape {[*sizes]}")
+    return values.view(sizes)
 
 
 def training_data(root: Path, validation: int, device: torch.device | str = "cpu") -> Dataset:
@@ -346,7 +360,8 @@ class Score(NamedTuple):
 def score(model: nn.Module, data: Dataset, batch_size: int = 250) -> Score:
     """Score `model` on all of `data`, the losses in float32. `batch_size` changes the speed, not the result."""
     model.eval()
-    logits = torch.cat([model(images) for images in data.images.split(batch_size)]).float()
+    parts = (data[start : start + batch_size] for start in range(0, len(data.labels), batch_size))
+    logits = torch.cat([model(images) for images, _ in parts]).float()
     losses = F.cross_entropy(logits, data.labels, reduction="none")
     wrong = logits.argmax(1) != data.labels
     summed_over_batches = sum(len(batch) * batch.double().sum().item() for batch in losses.split(256))

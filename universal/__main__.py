@@ -1,97 +1,267 @@
-"""Write the weights of any network with the universal synthesiser.
+"""Write the weights of any network: from labelled images, or for MNIST with the universal synthesiser.
 
+    python -m universal --model my_net.py:Net --data pictures/ --out weights.pth
+    python -m universal --model my_net.py:Net --data images.npz --out weights.pth --evaluate --compare
     python -m universal --model target_cnn:TargetCNN --out weights.pth
-    python -m universal --model my_net.py:Net --out weights.pth --count 5 --evaluate
-    python -m universal --model 'torchvision.models:resnet18(num_classes=10)' --out weights.pth
+    python -m universal --model 'torchvision.models:resnet18(num_classes=10)' --out weights.pth --count 5
 
-saves a `state_dict` that the network loads as it is, and names what it leaves at its init. With --count 5 it saves
-weights_1.pth to weights_5.pth, from the seeds SEED to SEED + 4.
+saves a `state_dict` that the network loads as it is, and names what it leaves at its init. With --data it saves what
+else it takes to classify a picture beside it, as weights.json. With --count 5 it saves weights_1.pth to weights_5.pth,
+from the seeds SEED to SEED + 4.
 """
 
 import argparse
+import contextlib
+import json
+import re
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from scripting import (
+    MNIST,
     UserError,
-    add_data_options,
+    add_validation_option,
     in_short,
     number,
     option_parser,
     output_file,
     run_script,
+    save_file,
     save_tensors,
+    start_processes,
 )
 from target_cnn import Dataset, Score, score, scoring_data
 from universal.builders import MODEL_HELP, load_builder
+from universal.data.images import ImageSet, LabelledPixels, load_images
+from universal.data.labelled import FOLDS, MOST_IMAGES
+from universal.evaluation.comparison import accuracy_percent, compare, comparison_table, conclusion
 from universal.model.looking import DoubtfulWeights
-from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
+from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import ComputationGraph, Logits
 from universal.reading.refusals import place_of
 
+OF_DATA = ("size", "channels", "limit", "skip_broken", "compare", "plot")  # options that go with --data alone
+OF_MNIST = ("steps", "synthesizer", "validation")  # and without
+
 
 def parse_options() -> argparse.Namespace:
-    parser = option_parser("Write the weights of a network with the universal synthesiser.", seed=0)
+    parser = option_parser("Write the weights of a network, from labelled images or for MNIST.", seed=0)
     required = {"required": True, "default": argparse.SUPPRESS}  # --help shows no default where there is none
     parser.add_argument("--model", **required, help=f"{MODEL_HELP} (required)")
     parser.add_argument(
         "--out",
         type=output_file(".pth", ".pt"),
         **required,
-        help="file to write; with --count, its numbered siblings (required)",
+        help="file to write, with --data its sibling .json too; with --count, its numbered siblings (required)",
     )
+    parser.add_argument(
+        "--data", type=Path,
+        help="labelled images: a folder with a folder of pictures for each class, a directory of *-ubyte files as "
+        "MNIST's, or an .npz, .pt or .safetensors file with images and labels; without it the synthesiser writes for "
+        "MNIST",
+    )  # fmt: skip
+    parser.add_argument("--size", type=size, help="pixels, as 64 or 48x64 (height, width); else what the network takes")
+    parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colours; else what the network takes")
+    parser.add_argument(
+        "--limit", type=number(int, 2, 10**9), default=MOST_IMAGES, help="images to write from, at most"
+    )
+    parser.add_argument("--skip-broken", action="store_true", help="broken pictures are no reason for exit code 2")
     parser.add_argument("--count", type=number(int, 1, 100_000), default=1, help="networks, from seeds SEED on")
     parser.add_argument("--steps", type=number(int, 1, 1000), default=1, help="generative steps to take in a row")
-    parser.add_argument("--evaluate", action="store_true", help="score what was written, on images of its classes")
+    parser.add_argument(
+        "--evaluate", action="store_true",
+        help="score what was written, on test images of its classes; with none in --data, on the fifth held out",
+    )  # fmt: skip
+    parser.add_argument("--compare", action="store_true", help="train the first network with Adam beside it")
+    parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), help="picture of --compare to save")
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the trained synthesiser")
-    add_data_options(parser)
-    return parser.parse_args()
+    add_validation_option(parser)
+    options = parser.parse_args()
+    for name in OF_DATA if options.data is None else OF_MNIST:
+        if getattr(options, name) != parser.get_default(name):
+            word = "needs" if options.data is None else "does not go with"
+            parser.error(f"--{name.replace('_', '-')} {word} --data")
+    if options.plot and not options.compare:
+        parser.error("--plot needs --compare")
+    if options.data is not None and options.out.with_suffix(".json").is_dir():
+        parser.error(f"{options.out.with_suffix('.json')} is a directory, and would be written beside --out")
+    return options
+
+
+def size(text: str) -> tuple[int, int]:
+    """An argparse type: the height and width of images in pixels."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not all(1 <= side <= 4096 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels: give one such as 64 or 48x64, up to 4096")
+    return sides
+
+
+class Task(NamedTuple):
+    """What networks are written for."""
+
+    write: Callable[[nn.Module, int], object]  # a network, in place, with this seed -> accounts
+    accuracy: Callable[[nn.Module, object], str]  # of a written network with these accounts, in words
+    images: ImageSet | None = None
 
 
 def main() -> None:
     options = parse_options()
     build = load_builder(options.model)
-    synthesizer = load_synthesizer(options.synthesizer, options.device)
-    data = scoring_data(options.data, options.validation, options.device) if options.evaluate else None
+    rank, processes = (0, 1) if options.data is None else start_processes(options.device)
+    if options.compare and processes > 1:
+        raise UserError("--compare: runs in one process alone: leave out torchrun")
+    task = mnist_task(options) if options.data is None else data_task(options, build, rank, processes)
     states = []
     for seed in range(options.seed, options.seed + options.count):
         torch.manual_seed(seed)
-        try:
+        with blaming(options):
             network = build().to(options.device)
-            report(network, seed, options, synthesizer, data)
+            report(network, seed, options, task, quiet=rank > 0)
             states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})
-        except UserError:
-            raise
-        except Exception as error:  # a person's own module may raise anything
-            raise UserError(f"{options.model}: {blamed(error)}") from error
-    for index, state in enumerate(states, start=1):  # only now: a network that cannot be written leaves no file
-        path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
-        save_tensors(path, state)
-        print(f"Weights saved to {path}")
+    if rank == 0:
+        save(states, options, task.images)
+        if options.compare:
+            with blaming(options):
+                show_comparison(options, build, task.images)
+    if rank == 0 and task.images is not None and task.images.broken and not options.skip_broken:
+        raise UserError(
+            f"{options.data}: {len(task.images.broken)} of its pictures are broken, named above, and were left out: "
+            "remove them, or give --skip-broken"
+        )
 
 
-def report(
-    network: nn.Module, seed: int, options: argparse.Namespace, synthesizer: GraphWeightSynthesizer,
-    data: Dataset | None,
-) -> None:  # fmt: skip
-    """Write `network`, of this `seed`, and print what that gave, with the accuracy if there is `data`."""
+@contextlib.contextmanager
+def blaming(options: argparse.Namespace) -> Iterator[None]:
+    """Refuse, in one line, whatever a person's own module raises."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it may be anything
+        named = options.model if options.data is None else f"{options.model} and {options.data}"
+        raise UserError(f"{named}: {blamed(error)}") from error
+
+
+def mnist_task(options: argparse.Namespace) -> Task:
+    """Writing for MNIST, by the synthesiser."""
+    synthesizer = load_synthesizer(options.synthesizer, options.device)
+    data = scoring_data(MNIST, options.validation, options.device) if options.evaluate else None
+    return Task(
+        lambda network, _: synthesizer.write(network, steps=options.steps),
+        lambda network, _: f"{scored(network, data).accuracy_percent:.2f}%",
+    )
+
+
+def data_task(options: argparse.Namespace, build: Callable[[], nn.Module], rank: int, processes: int) -> Task:
+    """Writing from labelled images, of which this process has its share."""
+    torch.manual_seed(options.seed)
+    images = load_images(
+        options.data, build(), options.size, options.channels, options.limit, rank=rank, processes=processes
+    )
+    if rank == 0:
+        describe(images, options)
+    train = images.train.to(options.device)
+
+    def accuracy(network: nn.Module, accounts) -> str:
+        if images.test is None:
+            held_out = accounts.held_out_percent
+            return "unknown" if held_out is None else f"{held_out:.2f}% on one image in {FOLDS}, held out"
+        return f"{accuracy_percent(network, images.test.to(options.device)):.2f}% on {len(images.test):,} test images"
+
+    return Task(lambda network, seed: write_from(network, train, seed, options.limit), accuracy, images)
+
+
+def write_from(network: nn.Module, train: LabelledPixels, seed: int, limit: int):
+    """Write `network` in closed form. Returns its accounts."""
+    from universal.rules.synthesis import write
+
+    return write(network, train.loader(), seed=seed, limit=limit)
+
+
+def describe(images: ImageSet, options: argparse.Namespace) -> None:
+    """Print what was found and what is made of it, and which pictures are broken."""
+    for line in images.broken:
+        print(line, file=sys.stderr)
+    test = f" and {len(images.test):,} test images" if images.test else ""
+    names = ", ".join(images.classes[:10]) + (", ..." if len(images.classes) > 10 else "")
+    print(f"{options.data}: {len(images.train):,} images{test} of {len(images.classes)} classes: {names}")
+    shape, channels = images.fit.shape, "grey" if images.fit.channels == 1 else f"{images.fit.channels} channels"
+    height, width = images.fit.size
+    mean, deviation = (", ".join(f"{value:.4f}" for value in values.tolist())
+                       for values in (images.train.mean, images.train.deviation))  # fmt: skip
+    given = "as --size and --channels say" if options.size and options.channels else "which the network takes"
+    print(f"Images are {height} x {width}, {channels}, {given}, as {[*shape]}; mean {mean}, deviation {deviation}",
+          flush=True)  # fmt: skip
+
+
+def report(network: nn.Module, seed: int, options: argparse.Namespace, task: Task, quiet: bool) -> None:
+    """Write `network`, of this `seed`, and print what that gave, with the accuracy if it is asked for."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
-        accounts = synthesizer.write(network, steps=options.steps)
+        accounts = task.write(network, seed)
     milliseconds = 1000 * (time.perf_counter() - start)
+    if quiet:
+        return
     line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
-    if data is not None:
-        line += f", Accuracy = {scored(network, data).accuracy_percent:.2f}%"
+    if options.evaluate:
+        line += f", Accuracy = {task.accuracy(network, accounts)}"
     print(line, flush=True)
     for warning in doubts:
         print(f"{options.model}: {warning.message}", file=sys.stderr)
     if seed == options.seed and accounts.left:
         print(f"Left at their init: {', '.join(accounts.left)}")
+    if seed == options.seed and task.images is not None:
+        classes = task.images.classes
+        missing = [classes[label] for label in accounts.missing if label < len(classes)]
+        if missing:
+            print(f"{options.data}: holds no images of {', '.join(missing)}", file=sys.stderr)
+
+
+def save(states: list[dict], options: argparse.Namespace, images: ImageSet | None) -> None:
+    """Save what was written; from labelled images, each file with its .json beside it, or neither."""
+    for index, state in enumerate(states, start=1):  # only now: a network that cannot be written leaves no file
+        path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
+        if images is None:
+            save_tensors(path, state)
+            print(f"Weights saved to {path}")
+            continue
+        text = json.dumps({"model": options.model} | images.record(), indent=2, ensure_ascii=False) + "\n"
+
+        def write_both(temporary: Path, path=path, state=state, text=text) -> None:
+            temporary.write_text(text, encoding="utf-8")
+            save_tensors(path, state)
+
+        save_file(path.with_suffix(".json"), write_both)
+        print(f"Weights saved to {path}, and how to use them to {path.with_suffix('.json')}")
+
+
+def show_comparison(options: argparse.Namespace, build: Callable[[], nn.Module], images: ImageSet) -> None:
+    """Train the same network with Adam beside a written one, and print and plot both."""
+    train = images.train.to(options.device)
+    if images.test is None:  # neither of the two is to know those that score
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed)).to(options.device)
+        known, kept = order[len(order) // FOLDS :], order[: len(order) // FOLDS]
+        train, scored, named = train.at(known), train.at(kept), f"one image in {FOLDS}, which neither has seen"
+    else:
+        scored, named = images.test.to(options.device), f"{len(images.test):,} test images"
+    print(f"\nBeside Adam, from {len(train):,} images; accuracy on {named}:", flush=True)
+    found = compare(
+        build, lambda network, part: write_from(network, part, options.seed, options.limit), train, scored, options.seed
+    )
+    print(f"{comparison_table(found)}\n{conclusion(found)}")
+    if options.plot:
+        from universal.evaluation.pictures import plot_comparison
+
+        plot_comparison(found, options.model, options.plot)
+        print(f"Plot saved to {options.plot}")
 
 
 def blamed(error: Exception) -> str:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from scripting import new_figure, save_figure
 from universal.evaluation.baselines import point_names
+from universal.evaluation.comparison import Comparison
 
 if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
     from matplotlib.axes import Axes
 
+RATE_COLOURS = ("#56B4E9", "#009E73", "#D55E00")  # of Adam's three rates
 COLOURS = {"written": "#0072B2", "random": "#D55E00"}  # of the two starts of training
 COLOURS_OF_NUMBERS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
@@ -92,3 +94,20 @@ def draw_race(panel: "Axes", row: dict, colour: str) -> None:
     images = f"{row['images']:,} images"
     panel.semilogx(seconds, accuracies, color=colour, lw=1, label=f"Adam, {images}")
     panel.plot(row["seconds"], row["on_the_way"], "o", color=colour, markersize=5, label=f"written, {images}")
+
+
+def plot_comparison(found: Comparison, name: str, path: Path) -> None:
+    """Save accuracy over seconds of a written network and of Adam at each rate."""
+    figure = new_figure(8, 5)
+    panel = figure.subplots()
+    for (lr, points), colour in zip(found.adam.items(), RATE_COLOURS, strict=True):
+        panel.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=f"Adam, rate {lr:g}")
+    panel.plot(*found.written, "*", color=COLOURS["written"], markersize=16, zorder=3, label="written")
+    panel.axhline(found.written.accuracy_percent, color=COLOURS["written"], alpha=0.4, lw=1)
+    panel.set_xscale("log")
+    panel.set_xlabel("seconds of writing, or of training")
+    panel.set_ylabel("accuracy (%)")
+    panel.set_title(name)
+    panel.grid(alpha=0.3)
+    panel.legend(loc="lower right")
+    save_figure(figure, path)
