@@ -63,7 +63,7 @@ def load_data_set(name: str, validation: int, device: torch.device) -> DataSet:
         train, test = training_data(MNIST, validation, device), scoring_data(MNIST, validation, device)
     else:
         found = load_images(Path(name), size=(IMAGE_SIDE, IMAGE_SIDE), channels=1, limit=sys.maxsize)
-        train, test = (part and of_ten_classes(part[:], device) for part in (found.train, found.test))
+        train, test = (part and of_ten_classes(Dataset(*part[:]), device) for part in (found.train, found.test))
         if validation or test is None:
             train, test = cut(train, validation or len(train.labels) // 5)
     return DataSet(*cut(train, min(HELD_OUT, len(train.labels) // 10)), shuffled(test))
