@@ -297,20 +297,24 @@ class Progress(NamedTuple):
     step: int  # batches so far, of all epochs
     loss: float  # mean of this epoch so far, nats per image
     seconds: float  # of this epoch so far, without what the caller does in between
+    all_seconds: float  # likewise, of all epochs so far
 
 
 def train_with_adam(
     model: nn.Module, data: Dataset, epochs: int, lr: float = 1e-3, batch_size: int = 128,
-    use_bf16: bool | None = None, pauses: Container[int] = (), label: str = "Training",
+    use_bf16: bool | None = None, pauses: Container[int] = (), moments: Iterable[float] = (), label: str = "Training",
 ) -> Iterator[Progress]:  # fmt: skip
-    """Train `model` in place, and pause at the end of every epoch and after so many steps as `pauses` hold.
+    """Train `model` in place, and pause at the end of every epoch, after so many steps as `pauses` hold, and once so
+    many seconds of training have passed as the `moments` say, in rising order.
 
     An epoch is one pass over `data` in random order. It computes in bf16 if `use_bf16`, by default where that is fast.
     """
     device = data.labels.device
     use_bf16 = fast_bf16(device) if use_bf16 is None else use_bf16
     adam = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    step = 0
+    step, earlier = 0, 0.0  # seconds of the epochs before this one
+    moments = iter(moments)
+    moment = next(moments, math.inf)
     for epoch in range(1, epochs + 1):
         start = time.perf_counter()
         model.train()
@@ -329,12 +333,15 @@ def train_with_adam(
             step, seen = step + 1, seen + len(labels)
             if seen == len(order):
                 bar.close()
-            if seen == len(order) or step in pauses:
+            if seen == len(order) or step in pauses or earlier + time.perf_counter() - start >= moment:
                 mean_loss = (total / seen).item()  # waits for the device, so that the clock is right
                 seconds = time.perf_counter() - start
-                yield Progress(epoch, step, mean_loss, seconds)
+                yield Progress(epoch, step, mean_loss, seconds, earlier + seconds)
+                while moment <= earlier + seconds:
+                    moment = next(moments, math.inf)
                 start = time.perf_counter() - seconds
                 model.train()  # scoring it has changed that
+        earlier += seconds
 
 
 # ---- the score ------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ about ten minutes and 12 GiB on two cores.
 
     python tests/benchmark.py --only writing
 
-writes networks of growing width and depth, beside what running the probes through them takes, in a minute. Not
-collected by pytest.
+writes networks of growing width and depth, beside what running the probes through them takes, in a minute, and
+
+    python tests/benchmark.py --only data
+
+writes networks from labelled images, beside an epoch of Adam on as many, in two. Not collected by pytest.
 """
 
 import argparse
@@ -34,28 +37,46 @@ sys.path.insert(0, str(REPOSITORY))
 
 from diffusion_model import SimpleWeightSpaceDiffusion, SpanDiffusion, load_diffusion, rollout, train_in_span  # noqa: E402
 from scripting import OneLineParser, number, run_script, table  # noqa: E402
-from target_cnn import TargetCNN, find_runs, flatten_weights, load_run, score_weights, scoring_data  # noqa: E402
+from target_cnn import (  # noqa: E402
+    Dataset,
+    TargetCNN,
+    find_runs,
+    flatten_weights,
+    load_run,
+    score_weights,
+    scoring_data,
+    train_with_adam,
+)
 from universal import load_synthesizer  # noqa: E402
-from universal.evaluation.networks import cnn, mlp  # noqa: E402
-from universal.reading.graph import ComputationGraph  # noqa: E402
+from universal.evaluation.networks import cnn, conv, mlp  # noqa: E402
+from universal.reading.graph import ComputationGraph, in_fastest_layout  # noqa: E402
+from universal.rules.synthesis import write  # noqa: E402
 
 
 def parse_options() -> argparse.Namespace:
     parser = OneLineParser("Measure the experiment against the obvious way of writing it, side by side.")
     parser.add_argument("--dense-steps", type=number(int, 2, 1000), default=60, help="most steps of dense training")
-    parser.add_argument(
-        "--only", choices=["experiment", "writing", "both"], default="both", help="which of the two to measure"
-    )
+    parser.add_argument("--only", choices=MEASURED, default=None, help="which part to measure, without the others")
     return parser.parse_args()
 
 
 def main() -> None:
     options = parse_options()
-    if options.only != "writing":
-        measure_experiment(options)
-    if options.only != "experiment":
-        print(f"\n{machine()}\n")
-        print(table(["network", "weights", "reading it", "writing it", "the probes' forward pass"], writing_costs()))
+    for part in [options.only] if options.only else MEASURED:
+        MEASURED[part](options)
+
+
+def measure_writing(options: argparse.Namespace) -> None:
+    """Measure what the synthesiser takes to write networks."""
+    print(f"\n{machine()}\n")
+    print(table(["network", "weights", "reading it", "writing it", "the probes' forward pass"], writing_costs()))
+
+
+def measure_data(options: argparse.Namespace) -> None:
+    """Measure writing from labelled images beside an epoch of Adam on them. The images are noise: only time counts."""
+    print(f"\n{machine()}, {torch.get_num_threads()} threads; images of noise\n")
+    header = ["network", "weights", "images", "writing it", f"an epoch of Adam, from {STEPS} steps", "ratio"]
+    print(table(header, data_costs()))
 
 
 def measure_experiment(options: argparse.Namespace) -> None:
@@ -260,6 +281,54 @@ def median_seconds(run: Callable[[], object], repetitions: int = 3) -> float:
     return sorted(seconds[1:])[repetitions // 2]
 
 
+def data_costs() -> list[list[str]]:
+    """Seconds to write networks from labelled images, and of an epoch of Adam on all of these: a row each."""
+    mnist = (1, 28, 28, 10)  # channels, height, width, classes
+    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = [
+        *((f"784-{width}-10", partial(mlp, [width]), mnist, 10_000) for width in (128, 512, 2048)),
+        *((f"{depth} convolutions of 16", partial(deep_cnn, depth), mnist, 10_000) for depth in (4, 8, 16)),
+        *(("TargetCNN", TargetCNN, mnist, count) for count in (1000, 10_000, 60_000)),
+        *(
+            (f"{channels} x {side} x {side}, {classes} classes", partial(sized_cnn, channels, side, classes),
+             (channels, side, side, classes), 10_000)
+            for channels, side, classes in ((1, 28, 10), (3, 32, 10), (3, 32, 100), (3, 64, 100))
+        ),
+        ("ResNet-18", partial(models.resnet18, num_classes=10), (3, 32, 32, 10), 1000),
+    ]  # fmt: skip
+    rows = []
+    for name, build, (*shape, classes), count in cases:
+        torch.manual_seed(0)
+        data = Dataset(torch.randn(count, *shape), torch.arange(count) % classes)
+        network = in_fastest_layout(build(), data.images[:2])
+        write(network, *data[: max(count // 10, 2 * classes)], seed=0)  # the first pass of a process takes longer
+        start = time.perf_counter()
+        write(network, *data, seed=0)
+        ours = time.perf_counter() - start
+        epoch = adam_epoch(network, data)
+        weights = sum(parameter.numel() for parameter in network.parameters())
+        rows.append([name, f"{weights:,}", f"{count:,}", f"{ours:.2f} s", f"{epoch:.2f} s", f"{epoch / ours:.1f}x"])
+        print(f"  {name}, {count:,} images: {ours:.2f} s, {epoch:.2f} s", file=sys.stderr, flush=True)
+    return rows
+
+
+STEPS = 20  # of Adam, from which an epoch is reckoned
+
+
+def adam_epoch(network: nn.Module, data: Dataset, batch_size: int = 128) -> float:
+    """Seconds of an epoch on `data`, reckoned from some steps after the first two."""
+    some = data[torch.arange((2 + STEPS) * batch_size) % len(data.labels)]
+    first, last = train_with_adam(network, some, 1, batch_size=batch_size, pauses=(2,))
+    return (last.seconds - first.seconds) / STEPS * len(data.labels) / batch_size
+
+
+def sized_cnn(channels: int, side: int, classes: int) -> nn.Module:
+    """Two 3x3 convolutions, each pooled, and a hidden linear layer, for images of any size."""
+    return nn.Sequential(
+        *conv(channels, 16), nn.MaxPool2d(2), *conv(16, 32), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(32 * (side // 4) ** 2, 128), nn.ReLU(), nn.Linear(128, classes),
+    )  # fmt: skip
+
+
 def machine() -> str:
     """The processor, its cores and memory, and the versions."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -270,6 +339,9 @@ def machine() -> str:
         f"{names[0] if names else platform.processor()} ({capability}), {os.cpu_count()} cores, {memory:.0f} GiB; "
         f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     )
+
+
+MEASURED = {"experiment": measure_experiment, "writing": measure_writing, "data": measure_data}
 
 
 if __name__ == "__main__":

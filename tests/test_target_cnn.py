@@ -223,12 +223,13 @@ def test_the_loss_and_the_seconds_of_a_training_are_of_the_epoch_so_far(few_imag
     model.register_forward_hook(pass_a_second)
     expected = score(model, few_images).cross_entropy
     found = []
-    for progress in train_with_adam(model, few_images, 2, lr=1e-9, batch_size=128, use_bf16=False, pauses=(2,)):
-        found.append(progress.seconds)
+    options = {"lr": 1e-9, "batch_size": 128, "use_bf16": False}
+    for progress in train_with_adam(model, few_images, 2, pauses=(2,), moments=(0.5, 0.9, 6.5), **options):
+        found.append((progress.seconds, progress.all_seconds))
         seconds += 100  # what the caller does does not count
         if progress.step == 5:
             assert progress.loss == pytest.approx(expected, rel=1e-4)
-    assert found == [2, 5, 5]
+    assert found == [(1, 1), (2, 2), (5, 5), (2, 7), (5, 10)]  # a moment passes within a step, which is finished
 
 
 def write_run(directory, epochs):

@@ -2,14 +2,20 @@
 
     python -m universal.evaluate
     python -m universal.evaluate --networks TargetCNN 'conv 4, 8, valid'
+    python -m universal.evaluate --data mnist path/to/fashion-mnist --images 1000 all
 
-prints how networks written from unseen inits score on the test images, beside an epoch of Adam at the best of three
-learning rates, the seconds of both, and what the networks are worth as the start of training; and of TargetCNNs, how
-they train on, whether they differ from each other and from trained ones, and what an ensemble of them gives. It saves
-the picture assets/universal.png and, as universal_results.json, everything it found.
+Of the trained synthesiser it prints how networks written from unseen inits score on the test images, beside an epoch of
+Adam at the best of three learning rates, the seconds of both, and what the networks are worth as the start of training;
+and of TargetCNNs, how they train on, whether they differ from each other and from trained ones, and what an ensemble of
+them gives. It saves the picture assets/universal.png and, as universal_results.json, everything it found.
+
+With --data it writes the networks from data sets, in closed form, and prints for each number of images where Adam comes
+to in the same seconds, on the same images and threads, and when it matches what was written. A run that was killed goes
+on where it was, from its results.
 """
 
 import argparse
+import json
 import sys
 import time
 from itertools import combinations, product
@@ -22,17 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scripting import (
-    add_data_options,
+    MNIST,
+    UserError,
     add_output_options,
+    add_validation_option,
     mean_and_range,
     number,
     option_parser,
+    refused_as,
     run_script,
     save_json,
     summary_statistics,
     table,
 )
-from target_cnn import Dataset, TargetCNN, flatten_weights, score, scoring_data, training_data
+from target_cnn import Dataset, TargetCNN, fast_bf16, flatten_weights, score, scoring_data, training_data
 from universal.evaluation.baselines import (
     FIRST_STEPS,
     HELD_OUT,
@@ -43,14 +52,24 @@ from universal.evaluation.baselines import (
     point_names,
     starts_of,
 )
+from universal.evaluation.from_data import conclusion_of, evaluate_from_data, load_data_set, table_of
 from universal.evaluation.networks import EVALUATED
-from universal.evaluation.pictures import plot_evaluation
+from universal.evaluation.pictures import plot_evaluation, plot_from_data
 from universal.experiment.verdict import error_overlap, mean_pairwise_overlap
 from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 from universal.reading.graph import in_fastest_layout
 
 EPOCHS = 2  # of Adam, from TargetCNNs
 MOST_VALIDATION = 42_000  # images, so that an epoch of Adam has its first steps
+
+
+WITH_DATA = {"inits": 3, "plot": "assets/universal_data.png", "results": "universal_data_results.json"}
+ALL = "all"  # as a number of images
+
+
+def number_of_images(text: str) -> int | str:
+    """An argparse type: how many images to write from."""
+    return ALL if text == ALL else number(int, 20, 10**9)(text)
 
 
 def parse_options() -> argparse.Namespace:
@@ -61,9 +80,21 @@ def parse_options() -> argparse.Namespace:
         help="networks to evaluate; of TargetCNN, how it trains on as well",
     )  # fmt: skip
     parser.add_argument("--inits", type=number(int, 2, 1000), default=5, help="unseen inits, from seeds SEED on")
+    parser.add_argument(
+        "--data", nargs="+", metavar="NAME",
+        help="data sets to write the networks from, in closed form: mnist, or where labelled images lie; then the "
+        f"defaults are {', '.join(f'--{name} {value}' for name, value in WITH_DATA.items())}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", nargs="+", type=number_of_images, metavar="N", default=[1000, 10_000, ALL],
+        help="with --data: numbers of images to write from",
+    )  # fmt: skip
     add_output_options(parser, plot="assets/universal.png", results="universal_results.json")
-    add_data_options(parser)
+    add_validation_option(parser)
     options = parser.parse_args()
+    if options.data:
+        parser.set_defaults(**{name: type(getattr(options, name))(value) for name, value in WITH_DATA.items()})
+        options = parser.parse_args()
     if options.validation > MOST_VALIDATION:
         parser.error(
             f"--validation {options.validation}: at most {MOST_VALIDATION}, so that Adam has {FIRST_STEPS} batches"
@@ -74,10 +105,67 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     print(f"Using device: {options.device}")
-    synthesizer = load_synthesizer(options.synthesizer, options.device)
-    train = training_data(options.data, options.validation, options.device)
-    data = scoring_data(options.data, options.validation, options.device)
     seeds = range(options.seed, options.seed + options.inits)
+    if options.data:
+        evaluate_data_sets(options, seeds)
+    else:
+        evaluate_synthesizer(options, seeds)
+
+
+def evaluate_data_sets(options: argparse.Namespace, seeds: range) -> None:
+    """Write the networks from each data set and number of images, row by row, and hold them against Adam."""
+    record = started(options)
+    rows = {(row["data"], row["number"], row["network"]): row for row in record["rows"]}
+    asked = []
+    for name in options.data:
+        data = load_data_set(name, options.validation, options.device)
+        known, held_out, test = (len(part.labels) for part in data)
+        print(f"\n{name}: {known:,} images to learn from, {held_out:,} on which the best of Adam's rates {RATES} is "
+              f"chosen at each moment, and {test:,} that score", flush=True)  # fmt: skip
+        for count in options.images:
+            if count != ALL and count > known:
+                print(f"\n{name}: {count:,} images left out: there are fewer")
+                continue
+            group = [(name, str(count), network) for network in options.networks]
+            for key in [key for key in group if key not in rows]:
+                try:
+                    row = evaluate_from_data(key[-1], data, None if count == ALL else count, seeds)
+                except ValueError as error:  # of images that nothing can be learned from
+                    raise UserError(f"{name}: {error}") from error
+                rows[key] = {"data": name, "number": str(count)} | row
+                save_json(options.results, record | {"rows": list(rows.values())})
+                print(f"{', '.join(key)}: {row['written']['mean']:.2f} %", file=sys.stderr, flush=True)
+            found = [rows[key] for key in group]
+            asked += found
+            print(f"\n{name}, {found[0]['images']:,} images:\n{table_of(found)}\n{conclusion_of(found)}", flush=True)
+    if len(asked) > len(options.networks):
+        print(f"\nAll together:\n{conclusion_of(asked)}")
+    print(f"Results saved to {options.results}")
+    plot_from_data(asked, options.plot)
+    print(f"Plot saved to {options.plot}")
+
+
+def started(options: argparse.Namespace) -> dict:
+    """The record of an evaluation on data sets: of one that was killed, if it had the same options, or an empty one."""
+    settings = {
+        "seed": options.seed, "inits": options.inits, "validation": options.validation, "device": str(options.device),
+        "threads": torch.get_num_threads(), "bf16": fast_bf16(options.device),
+    }  # fmt: skip
+    if not options.results.exists():
+        return {"settings": settings, "rows": []}
+    line = f"{options.results}: is of another evaluation, or damaged: delete it or choose another --results"
+    with refused_as(line):
+        record = json.loads(options.results.read_text())
+        if record["settings"] != settings:
+            raise UserError(line)
+        print(f"Going on from {len(record['rows'])} rows, saved in {options.results}")
+        return record
+
+
+def evaluate_synthesizer(options: argparse.Namespace, seeds: range) -> None:
+    synthesizer = load_synthesizer(options.synthesizer, options.device)
+    train = training_data(MNIST, options.validation, options.device)
+    data = scoring_data(MNIST, options.validation, options.device)
 
     print(f"\nOne generative step from {options.inits} unseen inits, and Adam from one of them, at the rate of {RATES} "
           f"that is best on the last {HELD_OUT:,} training images:", flush=True)  # fmt: skip

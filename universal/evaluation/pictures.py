@@ -1,5 +1,7 @@
 """The picture of an evaluation."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and -
 
 RATE_COLOURS = ("#56B4E9", "#009E73", "#D55E00")  # of Adam's three rates
 COLOURS = {"written": "#0072B2", "random": "#D55E00"}  # of the two starts of training
+COLOURS_OF_NUMBERS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 
 
 def plot_evaluation(record: dict, path: Path) -> None:
@@ -55,6 +58,42 @@ def draw_training(panel: "Axes", training: list[dict]) -> None:
     panel.set_xticks(range(len(shown)), point_names(len(shown) - 1))
     panel.set_ylabel("accuracy (%)")
     panel.legend(loc="lower right")
+
+
+def plot_from_data(rows: Sequence[dict], path: Path) -> None:
+    """Save a panel for each network and data set: by the clock, what is written and the accuracy of Adam on the way."""
+    panels_of: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        panels_of.setdefault((row["data"], row["network"]), []).append(row)
+    columns = min(len(panels_of), 6)
+    lines = math.ceil(len(panels_of) / columns)
+    figure = new_figure(max(2.6 * columns, 6), 0.8 + 2.1 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    numbers = list(dict.fromkeys(row["number"] for row in rows))
+    colours = dict(zip(numbers, COLOURS_OF_NUMBERS, strict=False))
+    several = len({name for name, _ in panels_of}) > 1
+    for panel, ((name, network), shown) in zip(panels, panels_of.items(), strict=False):
+        for row in shown:
+            draw_race(panel, row, colours[row["number"]])
+        panel.set_title(f"{Path(name).name}: {network}" if several else network, fontsize=8)
+        panel.set_ylim(bottom=max(min(row["on_the_way"] for row in shown) - 12, 0))
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.3)
+    for panel in list(panels):
+        panel.axis("off")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(numbers), fontsize=8)
+    figure.supxlabel("seconds", fontsize=9)
+    figure.supylabel("accuracy (%)", fontsize=9)
+    save_figure(figure, path)
+
+
+def draw_race(panel: "Axes", row: dict, colour: str) -> None:
+    """Adam's curve, and a dot where the written network stands."""
+    seconds, accuracies = zip(*row["adam"]["curve"][1:], strict=True)
+    images = f"{row['images']:,} images"
+    panel.semilogx(seconds, accuracies, color=colour, lw=1, label=f"Adam, {images}")
+    panel.plot(row["seconds"], row["on_the_way"], "o", color=colour, markersize=5, label=f"written, {images}")
 
 
 def plot_comparison(found: Comparison, name: str, path: Path) -> None:
