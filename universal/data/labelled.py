@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 MOST_IMAGES = 20_000  # that are used by default: accuracy gains little from more, for the time that they take
-SAMPLE = 6000  # images that are always in memory, from which all layers but the last are written
+SAMPLE, OF_ALL, LARGEST_SAMPLE = 6000, 0.25, 15_000  # images that all layers but the last are written from
 RESIDENT = 2**28  # elements of images that may be in memory, one GiB; of larger sets, only the sample
 PART = 4096  # images of a tensor that are looked at together
 HASHED = 4096  # elements of an image that its key depends on
@@ -61,7 +61,7 @@ class LabelledImages:
         self.source, self.device, self.seed = source_of(images, labels), device, seed
         self.multipliers = torch.empty(0, dtype=torch.long)
         total, firsts, kept = self._survey(limit)
-        sample, keys, whole = kept.least(SAMPLE), kept.keys, len(kept.keys) == min(total, limit)
+        sample, keys, whole = kept.least(LARGEST_SAMPLE), kept.keys, len(kept.keys) == min(total, limit)
         if dist.is_initialized():
             parts = gathered((total, firsts, sample, keys, whole))
             total, whole = sum(part[0] for part in parts), all(part[4] for part in parts)
@@ -70,7 +70,7 @@ class LabelledImages:
                 for part in parts
                 for label, key in part[1].items()
             }
-            sample, keys = joined([part[2] for part in parts]).least(SAMPLE), torch.cat([part[3] for part in parts])
+            sample, keys = joined([part[2] for part in parts]).least(LARGEST_SAMPLE), torch.cat([part[3] for part in parts])
         refuse_unusable(total, firsts, sample.images)
         self.count, self.threshold = min(total, limit), None
         if total > limit:  # without all keys, those of about the right share of all images
@@ -79,6 +79,7 @@ class LabelledImages:
         self.firsts = torch.tensor([firsts[label] for label in self.present], device=device)
         self.numbers = torch.full((max(self.present) + 1,), -1, device=device)
         self.numbers[self.present] = torch.arange(len(self.present), device=device)
+        sample = sample.least(max(SAMPLE, int(OF_ALL * self.count)))
         self.sample = self._batch(sample.at(self._is_used(sample)))
         self.resident = self._batch(kept.at(self._is_used(kept))) if whole else None
         self.shape = tuple(self.sample.images.shape[1:])
@@ -107,12 +108,12 @@ class LabelledImages:
                 key = keyed.keys[keyed.labels == label].min().item()
                 firsts[label] = min(firsts.get(label, key), key)
             parts.append(keyed)
-            most = min(limit, max(SAMPLE, RESIDENT // max(keyed.images[0].numel(), 1)))
+            most = min(limit, max(LARGEST_SAMPLE, RESIDENT // max(keyed.images[0].numel(), 1)))
             if sum(len(part.keys) for part in parts) > 2 * most:
                 parts = [joined(parts).least(most)]
         if not total:
             raise ValueError("no images: give some of two classes or more")
-        return total, firsts, joined(parts).least(most if min(total, limit) <= most else SAMPLE)
+        return total, firsts, joined(parts).least(most if min(total, limit) <= most else LARGEST_SAMPLE)
 
     def _keyed(self, images: Tensor, labels: Tensor) -> Keyed:
         """Images with their keys."""

@@ -144,7 +144,7 @@ def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Seque
     for seed in seeds:
         network = built(build, seed, device)
         begin = time.perf_counter()
-        accounts = write(network, train.images, train.labels, seed=seed)
+        accounts = write(network, train.images, train.labels, seed=seed, limit=len(train.labels))
         seconds.append(time.perf_counter() - begin)
         networks.append(laid_out(network))
     scores = [score(network, data.test) for network in networks]
@@ -173,7 +173,7 @@ def last_layer_alone(build: Callable[[], nn.Module], train: Dataset, data: DataS
     network = built(build, seed, train.images.device).requires_grad_(False)
     *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
     last.requires_grad_(True)
-    write(network, train.images, train.labels)
+    write(network, train.images, train.labels, limit=len(train.labels))
     return score(network, data.test).accuracy_percent
 
 
