@@ -52,7 +52,8 @@ def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regre
 
 
 def logistic(
-    start: Regression, solved: Solved, features: Features, mean: Tensor, deviation: Tensor, intercept: bool, without: int
+    start: Regression, solved: Solved, features: Features, mean: Tensor, deviation: Tensor, intercept: bool,
+    without: int,
 ) -> Regression:  # fmt: skip
     """The logistic regression of standardised features, from a `start`, without the images of a fold.
 

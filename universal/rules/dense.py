@@ -105,7 +105,8 @@ CANDIDATES = (regressions, opposites, regressions_in_fields, mean_differences, n
 def dense_layer(
     layer: Layer, known: Chunk, judging: Chunk, classes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is `judging`."""
+    """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is
+    `judging`."""
     activation, count = Activation(layer), layer.shape[0]
     moments, deviation = Moments(), known.features.std(0) + 1e-3 * known.features.std() + 1e-12
     for part, is_judging in ((known, False), (judging, True)):
@@ -146,7 +147,8 @@ def thresholds(
 def subclasses(
     rows: Tensor, labels: Tensor, count: int, classes: int, generator: torch.Generator, rounds: int = 6
 ) -> Tensor:  # fmt: skip
-    """Soft membership [n, count] of centred rows in clusters of their own class, found in whitened principal components.
+    """Soft membership [n, count] of centred rows in clusters of their own class, found in whitened principal
+    components.
 
     A regression onto labels alone spans only classes - 1 directions, whatever the width.
     """
@@ -179,7 +181,8 @@ def k_means(rows: Tensor, count: int, generator: torch.Generator, rounds: int) -
 
 
 class ReadOut:
-    """A softmax regression on the neurons of one layer, by a quadratic bound (Böhning 1992): steps of one solved system."""
+    """A softmax regression on the neurons of one layer, by a quadratic bound (Böhning 1992): steps of one solved
+    system."""
 
     def __init__(self, neurons: Tensor, ridge: float = 1e-3):
         self.mean = neurons.mean(0)

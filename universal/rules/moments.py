@@ -27,8 +27,8 @@ class Regression(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A ridge regression, and what solves another with the same features: a Cholesky factor of their Gram matrix, or with
-    their `rows` of that of these."""
+    """A ridge regression, and what solves another with the same features: a Cholesky factor of their Gram matrix, or
+    with their `rows` of that of these."""
 
     regression: Regression
     factor: Tensor

@@ -163,10 +163,7 @@ class Writing:
 
     def from_rows(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer that reads windows of maps, or tokens."""
-        if layer.is_convolution:
-            rows = layer.patches(inputs, PLACES)
-        else:
-            rows = of_images(inputs, -1, len(self.images))[None]
+        rows = layer.patches(inputs, PLACES) if layer.is_convolution else of_images(inputs, -1, len(self.images))[None]
         if layer.groups == 1:
             if any(reader.pooled for reader in layer.readers) or (not layer.is_convolution and layer.activation):
                 return self.before_pooling(layer, inputs, rows[0])
@@ -192,8 +189,8 @@ class Writing:
         return directions(rows, count, both_signs, self.generator)
 
     def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates, those
-        whose means say most of the labels."""
+        """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates,
+        those whose means say most of the labels."""
         activation, count = Activation(layer), layer.shape[0]
         some = torch.randperm(rows.shape[0] * rows.shape[1], generator=self.generator)[:MOST_ROWS].to(rows.device)
         weight = pooled_candidates(rows.flatten(0, 1)[some], rows.mean(1), self.one_hot, count, self.generator)
@@ -215,8 +212,8 @@ class Writing:
             yield part, part.shape[axis] // size
 
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and which
-        are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
+        """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and
+        which are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
         numbers = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
         compared = ~torch.isin(numbers, torch.cat([self.read, self.summed]))
         tokens = rows.flatten(0, 1)
@@ -259,7 +256,8 @@ class Writing:
 
 
 def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images rules are made from, and which judge what these make: of few images, all but those held out do both."""
+    """Which images rules are made from, and which judge what these make: of few images, all but those held out do
+    both."""
     judging = (folds == JUDGING[0]) | (folds == JUDGING[1])
     known = (folds != HELD_OUT) & ~judging
     if min(judging.sum(), known.sum()) < FEWEST:
