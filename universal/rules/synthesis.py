@@ -165,9 +165,10 @@ class Writing:
         """Weight and bias of a layer that reads windows of maps, or tokens."""
         rows = layer.patches(inputs, PLACES) if layer.is_convolution else of_images(inputs, -1, len(self.images))[None]
         if layer.groups == 1:
-            if any(reader.pooled for reader in layer.readers) or (not layer.is_convolution and layer.activation):
+            linear = layer.activation is None or Activation(layer).is_linear  # as what scales queries is
+            if any(reader.pooled for reader in layer.readers) or not (layer.is_convolution or linear):
                 return self.before_pooling(layer, inputs, rows[0])
-            if not layer.is_convolution and layer.activation is None:
+            if not layer.is_convolution:
                 return self.of_tokens(layer, rows[0])
         some = torch.randperm(rows.shape[1] * rows.shape[2], generator=self.generator)[:MOST_ROWS].to(rows.device)
         rows = rows.flatten(1, 2)[:, some]
