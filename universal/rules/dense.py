@@ -23,6 +23,7 @@ TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, wi
 MOST_SUBCLASSES = 256
 AMONG = 8  # images of which the nearest makes a pair
 LEAST_SIDE = 0.28  # of a receptive field, as a share of the map's
+LEAST_SPREAD = 1e-3  # of responses, of what theirs were if the features were independent: below it is rounding
 LEAST_ON, MOST_ON = 0.3, 0.8  # of the images, a candidate's share
 ROUNDS, STRENGTH, DAMPING = 5, 3.0, 0.1  # of what each neuron should answer differently
 
@@ -137,7 +138,8 @@ def thresholds(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weight scaled to responses of deviation 1, and biases by which different shares of the images are on."""
     responses = (features[:512] @ weight.T).T
-    scale = responses.std(1, keepdim=True) + 1e-6 * responses.std() + 1e-12
+    apart = (weight.square() @ features[:512].var(0))[:, None].sqrt()  # the deviation if the features were independent
+    scale = responses.std(1, keepdim=True) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
     least, most = (0.5, 0.5) if activation.is_linear else (LEAST_ON, MOST_ON)
     off = 1 - least - (most - least) * torch.rand(len(weight), 1, generator=generator).to(weight)
     at = (off * (responses.shape[1] - 1)).long()
