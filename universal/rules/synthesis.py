@@ -148,9 +148,11 @@ class Writing:
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> None:
         read = features_of(layer, inputs, len(self.images))
-        if not layer.parts:
-            return
-        if read is None:
+        if layer.weight.frozen:
+            weight = layer.weight.of(self.own)
+            bias = -layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2).mean(0)
+            self.means.add(torch.zeros(layer.shape[0]))
+        elif read is None:
             weight, bias = self.from_rows(layer, inputs)
         else:
             self.features = Features(self.graph, layer, self.data, dict(self.weights), self.features)
@@ -249,10 +251,12 @@ class Writing:
 
     def of_classes(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
         """Weight and bias of the last layer."""
-        regression, self.held_out_percent = classifier(features, len(self.data.present), layer.bias is not None)
+        intercept = layer.bias is not None and not layer.bias.frozen
+        regression, self.held_out_percent = classifier(features, len(self.data.present), intercept)
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
+        self.means.add(torch.zeros(layer.shape[0]))
         return weight, bias
 
 
