@@ -70,10 +70,8 @@ class LabelledImages:
                 for part in parts
                 for label, key in part[1].items()
             }
-            sample, keys = (
-                joined([part[2] for part in parts]).least(LARGEST_SAMPLE),
-                torch.cat([part[3] for part in parts]),
-            )
+            sample = joined([part[2] for part in parts]).least(LARGEST_SAMPLE)
+            keys = torch.cat([part[3] for part in parts])
         refuse_unusable(total, firsts, sample.images)
         self.count, self.threshold = min(total, limit), None
         if total > limit:  # without all keys, those of about the right share of all images

@@ -140,8 +140,8 @@ class ComputationGraph:
     ) -> Tensor:
         """What reaches a layer, where it is first used, of images, with these weights. The pass ends there.
 
-        Of an earlier layer the outputs may be `given`: what comes before it is then not computed. Raises RuntimeError if
-        anything but these outputs matters for what comes after.
+        Of an earlier layer the outputs may be `given`: what comes before it is then not computed. Raises RuntimeError
+        if anything but these outputs matters for what comes after.
         """
         own = self._own(images, but=weights) | weights
         shapes = {name: tensor.to("meta") for name, tensor in own.items()} if given else own

@@ -24,6 +24,7 @@ TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, wi
 MOST_SUBCLASSES = 256
 AMONG = 8  # images of which the nearest makes a pair
 LEAST_SIDE = 0.28  # of a receptive field, as a share of the map's
+LEAST_SPREAD = 1e-3  # of responses, of what theirs were if the features were independent: below it is rounding
 LEAST_ON, MOST_ON = 0.3, 0.8  # of the images, a candidate's share
 ROUNDS, STRENGTH, DAMPING = 5, 3.0, 0.1  # of what each neuron should answer differently
 
@@ -106,7 +107,8 @@ CANDIDATES = (regressions, opposites, regressions_in_fields, mean_differences, n
 def dense_layer(
     layer: Layer, known: Chunk, judging: Chunk, classes: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is `judging`."""
+    """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is
+    `judging`."""
     activation, count = Activation(layer), layer.shape[0]
     moments, deviation = Moments(), known.features.std(0) + 1e-3 * known.features.std() + 1e-12
     for part, is_judging in ((known, False), (judging, True)):
@@ -137,7 +139,8 @@ def thresholds(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weight scaled to responses of deviation 1, and biases by which different shares of the images are on."""
     responses = features[:512] @ weight.T
-    scale = responses.std(0) + 1e-6 * responses.std() + 1e-12
+    apart = (weight.square() @ features[:512].var(0)).sqrt()  # the deviation if the features were independent
+    scale = responses.std(0) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
     least, most = (0.5, 0.5) if activation.is_linear else (LEAST_ON, MOST_ON)
     on = least + (most - least) * torch.rand(len(weight), generator=generator).to(weight)
     quantile = math.sqrt(2) * torch.erfinv(1 - 2 * on)  # of a normal distribution, which sums of many features are near
@@ -147,7 +150,8 @@ def thresholds(
 def subclasses(
     rows: Tensor, labels: Tensor, count: int, classes: int, generator: torch.Generator, rounds: int = 6
 ) -> Tensor:  # fmt: skip
-    """Soft membership [n, count] of centred rows in clusters of their own class, found in whitened principal components.
+    """Soft membership [n, count] of centred rows in clusters of their own class, found in whitened principal
+    components.
 
     A regression onto labels alone spans only classes - 1 directions, whatever the width.
     """
@@ -180,7 +184,8 @@ def k_means(rows: Tensor, count: int, generator: torch.Generator, rounds: int) -
 
 
 class ReadOut:
-    """A softmax regression on the neurons of one layer, by a quadratic bound (Böhning 1992): steps of one solved system."""
+    """A softmax regression on the neurons of one layer, by a quadratic bound (Böhning 1992): steps of one solved
+    system."""
 
     def __init__(self, neurons: Tensor, ridge: float = 1e-3):
         self.mean = neurons.mean(0)

@@ -11,8 +11,8 @@ CANDIDATES = 3  # for each neuron of which some are chosen
 
 
 def principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Principal directions of rows [n, features], the largest first and `most` at most, [directions, features]; and what
-    whitens along each.
+    """Principal directions of rows [n, features], the largest first and `most` at most, [directions, features]; and
+    what whitens along each.
     """
     centred = rows - rows.mean(0)
     features = rows.shape[1]
@@ -31,8 +31,8 @@ def principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
 
 def directions(rows: Tensor, count: int, both_signs: bool, generator: torch.Generator) -> Tensor:
-    """So many directions [count, features] of rows: principal ones, whitened, the largest first, each with both signs if
-    these say different things; and the rest by spherical k-means.
+    """So many directions [count, features] of rows: principal ones, whitened, the largest first, each with both signs
+    if these say different things; and the rest by spherical k-means.
 
     None from the classes' means, which are noise in pictures where the classes are not in one place.
     """
@@ -69,8 +69,8 @@ def label_directions(means: Tensor, one_hot: Tensor, strength: float) -> Tensor:
 
 
 def pooled_candidates(rows: Tensor, means: Tensor, one_hot: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Directions of which to choose before maps or tokens are averaged: of the rows, and of the labels and random mixtures
-    of these."""
+    """Directions of which to choose before maps or tokens are averaged: of the rows, and of the labels and random
+    mixtures of these."""
     classes = label_directions(means, one_hot, 0.3)
     mixed = torch.randn(count, len(classes), generator=generator).to(classes) @ classes
     guided = F.normalize(torch.cat([classes, mixed]), dim=1)
@@ -80,8 +80,8 @@ def pooled_candidates(rows: Tensor, means: Tensor, one_hot: Tensor, count: int, 
 def into_stream(
     rows: Tensor, means: Tensor, one_hot: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:  # fmt: skip
-    """What a block adds to its tokens: what the mean token says of the labels, and principal directions half as large, all
-    turned at random, so that a norm over the channels leaves none out."""
+    """What a block adds to its tokens: what the mean token says of the labels, and principal directions half as large,
+    all turned at random, so that a norm over the channels leaves none out."""
     guided = label_directions(means, one_hot, 0.1)[:count]
     parts = [(guided, 1.0), (principal(rows, count - len(guided))[0], 0.5)]
     centred = means - means.mean(0)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from universal.data.labelled import gathered
+
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)  # relative to the mean variance of a feature
 USUAL = 0.1  # where no image is held out
 
@@ -27,8 +29,8 @@ class Regression(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """A ridge regression, and what solves another with the same features: a Cholesky factor of their Gram matrix, or with
-    their `rows` of that of these."""
+    """A ridge regression, and what solves another with the same features: a Cholesky factor of their Gram matrix, or
+    with their `rows` of that of these."""
 
     regression: Regression
     factor: Tensor
@@ -82,13 +84,16 @@ class Sums:
         return both
 
     def over_processes(self) -> None:
-        """Add up what all processes have found."""
-        self.add_up()
-        for tensor in self.sums:
+        """Add up what all processes have found, or put their rows together as long as these are fewer than features."""
+        counts = gathered((self.count, self.sums is None))
+        self.count = sum(count for count, _ in counts)
+        if all(has_rows for _, has_rows in counts) and self.count <= self.rows[0][0].shape[1]:
+            device = self.rows[0][0].device
+            parts = gathered([(x.cpu(), t.cpu()) for x, t in self.rows])
+            self.rows = [(x.to(device), t.to(device)) for part in parts for x, t in part]
+            return
+        for tensor in self.add_up().sums:
             dist.all_reduce(tensor)
-        count = torch.tensor(self.count, device=self.sums[0].device)
-        dist.all_reduce(count)
-        self.count = count.item()
 
     def solver(self, intercept: bool) -> Callable[[float], "Solved"]:
         """What gives the ridge regression of a strength."""

@@ -10,8 +10,8 @@ def forward_selection(activations: Tensor, targets: Tensor, count: int) -> Tenso
     """The `count` columns of `activations` [n, candidates] that, one after another, explain most of `targets` [n, k]
     beyond what those before them do: their indices.
 
-    Forward orthogonal least squares (Chen, Cowan and Grant 1991), as a pivoted Cholesky factorisation of the candidates'
-    correlations.
+    Forward orthogonal least squares (Chen, Cowan and Grant 1991), as a pivoted Cholesky factorisation of the
+    candidates' correlations.
     """
     x = activations - activations.mean(0)
     x = x / (x.std(0) + 1e-6)

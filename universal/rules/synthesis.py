@@ -148,9 +148,11 @@ class Writing:
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> None:
         read = features_of(layer, inputs, len(self.images))
-        if not layer.parts:
-            return
-        if read is None:
+        if layer.weight.frozen:
+            weight = layer.weight.of(self.own)
+            bias = -layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2).mean(0)
+            self.means.add(torch.zeros(layer.shape[0]))
+        elif read is None:
             weight, bias = self.from_rows(layer, inputs)
         else:
             self.features = Features(self.graph, layer, self.data, dict(self.weights), self.features)
@@ -163,14 +165,12 @@ class Writing:
 
     def from_rows(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer that reads windows of maps, or tokens."""
-        if layer.is_convolution:
-            rows = layer.patches(inputs, PLACES)
-        else:
-            rows = of_images(inputs, -1, len(self.images))[None]
+        rows = layer.patches(inputs, PLACES) if layer.is_convolution else of_images(inputs, -1, len(self.images))[None]
         if layer.groups == 1:
-            if any(reader.pooled for reader in layer.readers) or (not layer.is_convolution and layer.activation):
+            linear = layer.activation is None or Activation(layer).is_linear  # as what scales queries is
+            if any(reader.pooled for reader in layer.readers) or not (layer.is_convolution or linear):
                 return self.before_pooling(layer, inputs, rows[0])
-            if not layer.is_convolution and layer.activation is None:
+            if not layer.is_convolution:
                 return self.of_tokens(layer, rows[0])
         some = torch.randperm(rows.shape[1] * rows.shape[2], generator=self.generator)[:MOST_ROWS].to(rows.device)
         rows = rows.flatten(1, 2)[:, some]
@@ -192,8 +192,8 @@ class Writing:
         return directions(rows, count, both_signs, self.generator)
 
     def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates, those
-        whose means say most of the labels."""
+        """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates,
+        those whose means say most of the labels."""
         activation, count = Activation(layer), layer.shape[0]
         some = torch.randperm(rows.shape[0] * rows.shape[1], generator=self.generator)[:MOST_ROWS].to(rows.device)
         weight = pooled_candidates(rows.flatten(0, 1)[some], rows.mean(1), self.one_hot, count, self.generator)
@@ -215,8 +215,8 @@ class Writing:
             yield part, part.shape[axis] // size
 
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and which
-        are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
+        """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and
+        which are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
         numbers = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
         compared = ~torch.isin(numbers, torch.cat([self.read, self.summed]))
         tokens = rows.flatten(0, 1)
@@ -251,15 +251,18 @@ class Writing:
 
     def of_classes(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
         """Weight and bias of the last layer."""
-        regression, self.held_out_percent = classifier(features, len(self.data.present), layer.bias is not None)
+        intercept = layer.bias is not None and not layer.bias.frozen
+        regression, self.held_out_percent = classifier(features, len(self.data.present), intercept)
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
+        self.means.add(torch.zeros(layer.shape[0]))
         return weight, bias
 
 
 def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images rules are made from, and which judge what these make: of few images, all but those held out do both."""
+    """Which images rules are made from, and which judge what these make: of few images, all but those held out do
+    both."""
     judging = (folds == JUDGING[0]) | (folds == JUDGING[1])
     known = (folds != HELD_OUT) & ~judging
     if min(judging.sum(), known.sum()) < FEWEST:
