@@ -15,6 +15,7 @@ from torch import Tensor
 from universal.reading.calls import Layer
 from universal.rules.activation import Activation
 from universal.rules.features import Chunk
+from universal.rules.filters import first_axes
 from universal.rules.moments import Moments, Solved
 from universal.rules.selection import forward_selection
 
@@ -155,11 +156,8 @@ def subclasses(
 
     A regression onto labels alone spans only classes - 1 directions, whatever the width.
     """
-    some = rows[:2000]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of the random projection below
-        _, size, axes = torch.svd_lowrank(some, q=min(RANK, *some.shape), niter=2)
-    points = rows @ (axes / (size / len(some) ** 0.5 + 1e-6))
+    axes, variances = first_axes(rows[:2000], RANK)
+    points = rows @ (axes / (variances.sqrt() + 1e-6))
     members, at = rows.new_zeros(len(rows), count), 0
     for label in range(classes):
         share = count // classes + (label < count % classes)

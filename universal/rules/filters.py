@@ -20,14 +20,25 @@ def principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
         variances, vectors = torch.linalg.eigh((centred.T @ centred / len(centred)).double())
         variances, vectors = variances.flip(0).clamp(min=0).to(rows), vectors.flip(1).to(rows)
     else:  # of thousands, few are wanted
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # of a random projection
-            _, sizes, vectors = torch.svd_lowrank(
-                centred[: EXACT * 4], q=min(most, *centred[: EXACT * 4].shape), niter=2
-            )
-        variances = sizes.square() / len(centred[: EXACT * 4])
+        vectors, variances = first_axes(centred[: EXACT * 4], most)
+    vectors = vectors * vectors.pow(3).sum(0).sign()  # else it is any of two
     mean = centred.square().sum() / len(centred) / features
     return vectors.T[:most], (variances[:most] + WHITENING * mean + 1e-12).rsqrt()
+
+
+def first_axes(centred: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """The first principal axes of centred rows [n, features], nearly, [features, axes]; and the variances along them.
+
+    By random mixtures of rows (Halko, Martinsson and Tropp 2011). `torch.svd_lowrank` mixes features where these are
+    fewer, so that their order would matter.
+    """
+    generator = torch.Generator().manual_seed(0)
+    mixtures = torch.randn(len(centred), min(most, *centred.shape), generator=generator).to(centred)
+    for _ in range(3):
+        basis = torch.linalg.qr(centred.T @ mixtures)[0]
+        mixtures = centred @ basis
+    _, sizes, turns = torch.linalg.svd(mixtures, full_matrices=False)
+    return basis @ turns.T, sizes.square() / len(centred)
 
 
 def directions(rows: Tensor, count: int, both_signs: bool, generator: torch.Generator) -> Tensor:
@@ -49,10 +60,12 @@ def directions(rows: Tensor, count: int, both_signs: bool, generator: torch.Gene
 def spherical_k_means(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Directions [count, features] that rows cluster around; short rows are left out."""
     length = rows.norm(dim=1)
-    rows = F.normalize(rows[length >= length.median() / 2], dim=1)
-    centres = rows[torch.randint(len(rows), (count,), generator=generator).to(rows.device)]
+    order = torch.randperm(len(rows), generator=generator).to(rows.device)
+    rows = F.normalize(rows[order[(length >= length.median() / 2)[order]]], dim=1)
+    numbers = torch.arange(count, device=rows.device)
+    centres = rows[numbers % len(rows)]
     for _ in range(ROUNDS):
-        nearest = F.one_hot((rows @ centres.T).argmax(1), count).to(rows)
+        nearest = F.one_hot((rows @ centres.T - 1e-5 * numbers).argmax(1), count).to(rows)  # of equal ones the first
         centres = F.normalize(nearest.T @ rows + 1e-6 * centres, dim=1)
     return centres
 

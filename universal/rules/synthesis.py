@@ -144,7 +144,9 @@ class Writing:
         """What is added to activations: nothing, or what tells places apart, as large as the activations."""
         if shift.places is None:
             return torch.zeros(shift.shape)
-        return inputs.std().cpu() * torch.randn(shift.shape, generator=self.generator)
+        random = torch.randn(shift.shape, generator=self.generator)
+        spread = inputs.movedim(shift.axis, -1).flatten(0, -2).abs().mean(0)  # by which channels are told apart
+        return inputs.std().cpu() * random.index_select(shift.axis, spread.argsort().argsort().cpu())
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> None:
         read = features_of(layer, inputs, len(self.images))
@@ -233,6 +235,7 @@ class Writing:
             weight[~compared] = into_stream(tokens, rows.mean(1), self.one_hot, others, self.generator)
         elif others:
             weight[~compared] = directions(tokens, others, False, self.generator)
+        weight[~compared] = weight[~compared][places_among(layer.weight.of(self.own)[~compared])]
         bias = -weight @ tokens.mean(0)
         self.means.add(torch.zeros(layer.shape[0]))
         return weight, bias
@@ -279,9 +282,13 @@ def fingerprint(graph: ComputationGraph, own: dict[str, Tensor]) -> int:
 def own_order(layer: Layer, own: dict[str, Tensor]) -> Tensor:
     """The place of each neuron among those of its group, by its own random weights, so that permuted neurons are
     written permuted: [neurons]."""
-    sums = layer.weight.of(own).flatten(1).double().sum(1).view(layer.groups, -1)
-    places = sums.argsort(1).argsort(1) + torch.arange(layer.groups, device=sums.device)[:, None] * sums.shape[1]
-    return places.flatten()
+    weights = layer.weight.of(own).unflatten(0, (layer.groups, -1))
+    return torch.cat([places_among(some) + group * len(some) for group, some in enumerate(weights)])
+
+
+def places_among(weights: Tensor) -> Tensor:
+    """The place of each neuron by the sum of its weights [neurons, ...]."""
+    return weights.flatten(1).double().sum(1).argsort().argsort()
 
 
 def is_odd(layer: Layer) -> bool:
