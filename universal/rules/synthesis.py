@@ -5,6 +5,7 @@ and the labels. A dense layer is a regression of all images, for which the modul
 """
 
 import time
+import warnings
 from collections import ChainMap
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -57,8 +58,11 @@ class Accounts(NamedTuple):
 def synthesize(
     module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES
 ) -> nn.Module:
-    """`write` the weights of `module` in place, and return it."""
-    write(module, images, labels, seed, limit)
+    """`write` the weights of `module` in place, and return it. Warns of classes without an image."""
+    missing = write(module, images, labels, seed, limit).missing
+    if missing:
+        named = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        warnings.warn(f"no image is of class {named}: outputs that are never right", UserWarning, stacklevel=2)
     return module
 
 
