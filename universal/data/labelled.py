@@ -18,6 +18,7 @@ SAMPLE, OF_ALL, LARGEST_SAMPLE = 6000, 0.25, 15_000  # images that all layers bu
 RESIDENT = 2**28  # elements of images that may be in memory, one GiB; of larger sets, only the sample
 PART = 4096  # images of a tensor that are looked at together
 HASHED = 4096  # elements of an image that its key depends on
+LARGEST = 10**9  # value of an image: sums of squares of features of such are finite
 FOLDS = 5
 HELD_OUT, JUDGING = 0, (1, 2)  # the fold that nothing is made from; those by which one chooses among what others made
 
@@ -100,6 +101,8 @@ class LabelledImages:
         smallest keys, all that are used or the sample."""
         total, firsts, parts = 0, {}, []
         for images, labels in pairs_of(self.source):
+            if not len(images):
+                continue
             keyed = self._keyed(*checked(images, labels))
             if parts and keyed.images.shape[1:] != parts[0].images.shape[1:]:
                 shapes = " and of ".join(str([*part.images.shape[1:]]) for part in (parts[0], keyed))
@@ -181,6 +184,8 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     images = images.detach().float()
     if not images.isfinite().all():
         raise ValueError("the images hold NaN or infinite values: leave such images out")
+    if len(images) and images.abs().max() > LARGEST:
+        raise ValueError(f"the images hold values beyond {LARGEST:,}: standardise them")
     labels = labels.detach()
     if labels.dim() == 2 and labels.shape[1] > 1:
         if not bool(((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()):

@@ -80,13 +80,13 @@ class Features:
 
     def __iter__(self) -> Iterator[Chunk]:
         for index, batch in enumerate(self.data.batches(self.size)):
-            if index == len(self.kept):
+            if index < len(self.kept):
+                features = self.kept[index]
+            else:
                 features = self.continued(batch.images, index)
                 features = self.of(batch.images) if features is None else features
                 if self.data.resident is not None and (index + 1) * self.size * features.shape[1] <= CACHE:
                     self.kept.append(features)
-            else:
-                features = self.kept[index]
             yield Chunk(features, batch.labels, batch.folds)
 
     def sample(self) -> Chunk:

@@ -1,0 +1,700 @@
+"""Writing networks in closed form: contracts that hold for every rule and every kind of layer."""
+
+import copy
+import functools
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPOSITORY, command
+from test_model import NETWORKS as PERMUTED
+from test_model import mlp, permuted
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from target_cnn import load_mnist
+from universal import Accounts, synthesize, write
+from universal.data import labelled
+from universal.experiment.verdict import mean_pairwise_overlap
+from universal.rules import classes, features, synthesis
+from universal.rules.moments import STRENGTHS, Regression
+
+SIDE, COUNT = 14, 400
+
+
+@functools.cache
+def images(first: int = 0, count: int = COUNT, side: int = SIDE) -> tuple[Tensor, Tensor]:
+    """Training images of MNIST, every other pixel of them, and their labels. Not to be changed."""
+    data = load_mnist("train", REPOSITORY / "data")[first : first + count]
+    every = 28 // side
+    return data.images[:, :, ::every, ::every].contiguous(), data.labels
+
+
+def accuracy_percent(network: nn.Module) -> float:
+    """On the last thousand training images, in the precision of the network."""
+    return 100 * (~wrong(network)).double().mean().item()
+
+
+@torch.no_grad()
+def wrong(network: nn.Module) -> Tensor:
+    inputs, labels = images(59_000, 1000)
+    return copy.deepcopy(network).eval()(inputs.to(next(network.parameters()).dtype)).argmax(1) != labels
+
+
+def of_features(*layers: nn.Module, features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(features, 10))
+
+
+def dense(activation: nn.Module) -> nn.Sequential:
+    return of_features(nn.Linear(SIDE**2, 20), activation, features=20)
+
+
+def convolutional(*between: nn.Module, **options) -> nn.Sequential:
+    """A convolution of 8 channels with what is `between`, another with these `options`, and a dense layer."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), *between, nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, **options), nn.ReLU(),
+        nn.Flatten(), nn.LazyLinear(16), nn.ReLU(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
+
+
+class Bump(nn.Module):
+    """A function that is none of PyTorch's: even, and bounded."""
+
+    def forward(self, x):
+        return 1 / (1 + x**2)
+
+
+class Rows(nn.Module):
+    """1-dimensional convolutions over the columns: the channels of the first are the rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv1d(SIDE, 16, 3), nn.Conv1d(16, 16, 3, groups=2)
+        self.out = nn.Linear(16 * 10, 10)
+
+    def forward(self, x):
+        return self.out(self.second(self.first(x.squeeze(1)).relu()).relu().flatten(1))
+
+
+class Patches(nn.Module):
+    """A linear layer over patches of 4 x 4 pixels, and another of what it gives."""
+
+    def __init__(self, by_einsum: bool = False):
+        super().__init__()
+        self.by_einsum, self.first, self.out = by_einsum, nn.Linear(16, 12), nn.Linear(12 * 9, 10)
+
+    def forward(self, x):
+        x = x[:, 0, 1:13, 1:13].unfold(1, 4, 4).unfold(2, 4, 4).flatten(3)
+        if self.by_einsum:
+            return self.out((torch.einsum("nhwi,oi->nhwo", x, self.first.weight) + self.first.bias).relu().flatten(1))
+        return self.out(self.first(x).relu().flatten(1))
+
+
+class Residual(nn.Module):
+    """A residual sum, with a gain and a shift by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, 2, bias=False)
+        self.gain, self.shift = nn.Parameter(torch.ones(8, 1, 1)), nn.Parameter(torch.zeros(8, 1, 1))
+        self.inner, self.back = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.out = nn.Linear(8 * 36, 10)
+
+    def forward(self, x):
+        x = (self.stem(x) * self.gain + self.shift).relu()
+        return self.out((x + self.back(self.inner(x).relu())).relu().flatten(1))
+
+
+class Attention(nn.Module):
+    """Tokens of rows with places, `nn.MultiheadAttention` or the same by hand, and the mean of the tokens."""
+
+    def __init__(self, by_hand: bool = False):
+        super().__init__()
+        self.embed, self.places = nn.Linear(SIDE, 16), nn.Parameter(0.02 * torch.randn(SIDE, 16))
+        self.norm, self.by_hand = nn.LayerNorm(16), by_hand
+        if by_hand:
+            self.qkv, self.back = nn.Linear(16, 48), nn.Linear(16, 16)
+        else:
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.out = nn.Linear(16, 10)
+
+    def attend(self, x):
+        if not self.by_hand:
+            return self.attention(x, x, x)[0]
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        shares = (q @ k.transpose(-2, -1) / math.sqrt(8)).softmax(-1)
+        return self.back((shares @ v).transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        x = self.embed(x[:, 0]) + self.places
+        x = x + self.attend(self.norm(x))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.out(x.mean(1))
+
+
+# Networks of every kind of layer, norm, gain, shift, attention and activation.
+NETWORKS = {
+    "linear": lambda: of_features(features=SIDE**2),
+    "relu": lambda: dense(nn.ReLU()),
+    "tanh": lambda: dense(nn.Tanh()),
+    "sigmoid": lambda: dense(nn.Sigmoid()),
+    "gelu": lambda: dense(nn.GELU()),
+    "hardtanh": lambda: dense(nn.Hardtanh()),
+    "no activation": lambda: dense(nn.Identity()),
+    "a function that nobody knows": lambda: dense(Bump()),
+    "deep": lambda: of_features(
+        nn.Linear(SIDE**2, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 20), nn.Tanh(), features=20
+    ),
+    "narrow": lambda: of_features(nn.Linear(SIDE**2, 5), nn.ReLU(), nn.Linear(5, 20), nn.ReLU(), features=20),
+    "no bias": lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16, bias=False), nn.ReLU(),
+        nn.Linear(16, 10, bias=False),
+    ),
+    "convolutions": lambda: convolutional(nn.ReLU()),
+    "same padding, tanh, average pooling": lambda: convolutional(nn.Tanh(), nn.AvgPool2d(2), padding="same"),
+    "dilated and strided": lambda: convolutional(nn.ReLU(), dilation=2, stride=2, padding=2),
+    "grouped": lambda: convolutional(nn.ReLU(), groups=2),
+    "depthwise": lambda: convolutional(
+        nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()
+    ),
+    "global pooling": lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(), *CLASSES, nn.Linear(24, 10)
+    ),
+    "classes from a convolution": lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 10, 3), *CLASSES
+    ),
+    "BatchNorm1d": lambda: dense(nn.Sequential(nn.BatchNorm1d(20), nn.ReLU())),
+    "BatchNorm2d": lambda: convolutional(nn.BatchNorm2d(8), nn.ReLU()),
+    "BatchNorm of the classes": lambda: nn.Sequential(dense(nn.ReLU()), nn.BatchNorm1d(10)),
+    "GroupNorm": lambda: convolutional(nn.GroupNorm(2, 8), nn.ReLU()),
+    "InstanceNorm": lambda: convolutional(nn.InstanceNorm2d(8, affine=True), nn.ReLU()),
+    "LayerNorm, also of the pixels": lambda: of_features(
+        nn.LayerNorm(SIDE**2), nn.Linear(SIDE**2, 20), nn.LayerNorm(20), nn.Softplus(), features=20
+    ),
+    "RMSNorm": lambda: dense(nn.Sequential(nn.RMSNorm(20), nn.ReLU())),
+    "1-dimensional": Rows,
+    "patches": Patches,
+    "einsum": lambda: Patches(by_einsum=True),
+    "residual, gain, shift": Residual,
+    "MultiheadAttention": Attention,
+    "attention by hand": lambda: Attention(by_hand=True),
+}  # fmt: skip
+# What each is to get right in percent, of 400 images; guessing is right in 10.
+LEAST = dict.fromkeys(NETWORKS, 70) | {
+    "narrow": 50, "no bias": 60, "same padding, tanh, average pooling": 55, "dilated and strided": 55,
+    "MultiheadAttention": 50, "attention by hand": 50,
+}  # fmt: skip
+SOME = ("relu", "convolutions", "global pooling", "BatchNorm2d", "residual, gain, shift", "MultiheadAttention")
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    network(images()[0][:2])  # lazy layers
+    return network
+
+
+@functools.cache
+def written(name: str, seed: int = 0) -> tuple[nn.Module, Accounts]:
+    """A network written from the first images, and the accounts. Not to be changed."""
+    network = made(name)
+    return network, write(network, *images(), seed=seed)
+
+
+def copied(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(network: nn.Module, other: nn.Module, but: tuple = (), **tolerance) -> None:
+    """Assert that all weights are the same, bit for bit unless there is a tolerance."""
+    ours, theirs = network.state_dict(), other.state_dict()
+    for name in ours:
+        if name not in but:
+            torch.testing.assert_close(ours[name], theirs[name], **({"atol": 0, "rtol": 0} | tolerance), msg=name)
+
+
+# ---- contracts of every kind of layer --------------------------------------------------------------------------------
+
+every_network = pytest.mark.parametrize("name", NETWORKS)
+
+
+@every_network
+def test_what_is_written_is_finite_named_and_far_better_than_chance(name):
+    network, accounts = written(name)
+    state = network.state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert sorted(accounts.written) == sorted(state) and not accounts.left
+    assert accounts.count == sum(tensor.numel() for tensor in state.values())
+    assert accounts.images == COUNT and not accounts.missing
+    assert accounts.held_out_percent > LEAST[name] - 15 and accounts.seconds > 0
+    assert accuracy_percent(network) > LEAST[name]
+
+
+@every_network
+def test_the_same_seed_gives_the_same_bits_whatever_the_module_held(name):
+    again = made(name)
+    for parameter in again.parameters():
+        nn.init.normal_(parameter)
+    assert synthesize(again, *images(), seed=0) is again
+    assert_same(written(name)[0], again)
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("linear", "no activation")])
+def test_other_seeds_give_other_networks(name):
+    networks = [written(name, seed)[0] for seed in range(2 if name not in SOME else 5)]
+    overlap = mean_pairwise_overlap([wrong(network) for network in networks])
+    print(f"error overlap: {overlap:.2f}")
+    assert overlap < 0.85
+
+
+@every_network
+def test_permuted_images_give_the_same(name):
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
+    network = synthesize(made(name), *(values[order] for values in images()), seed=0)
+    assert_same(written(name)[0], network, atol=1e-5, rtol=1e-4)
+
+
+@every_network
+def test_permuted_classes_are_permuted_in_the_last_layer_only(name):
+    inputs, labels = images()
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    network, other = written(name)[0], synthesize(made(name), inputs, order[labels], seed=0)
+    differ = [key for key, tensor in other.state_dict().items() if not tensor.equal(network.state_dict()[key])]
+    assert differ
+    for key in differ:
+        torch.testing.assert_close(other.state_dict()[key][order], network.state_dict()[key], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*PERMUTED, "wide"])
+def test_permuted_neurons_of_the_init_are_written_permuted(name):
+    torch.manual_seed(0)
+    build, groups = (lambda: mlp([100, 20]), PERMUTED["MLP"][1]) if name == "wide" else PERMUTED[name]
+    straight, crossed = build(), build()
+    crossed.load_state_dict(permuted(straight.state_dict(), groups, seed=1))
+    inputs, labels = images(count=200, side=28)
+    if next(straight.parameters()).shape[1:2] == (3,):
+        inputs = inputs * torch.tensor([1, 0.5, 0.2])[:, None, None]
+    for network in (straight, crossed):
+        write(network, inputs, labels)
+    expected, found = permuted(straight.state_dict(), groups, seed=1), crossed.state_dict()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key], atol=1e-3, rtol=1e-2, msg=key)
+    other = build()
+    write(other, inputs, labels)
+    assert any(not torch.allclose(tensor, found[key], rtol=0.1) for key, tensor in other.state_dict().items())
+
+
+@every_network
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_mode_and_dtype_stay(name, dtype):
+    network = made(name).to(dtype).train()
+    next(network.children()).eval()
+    modes = [part.training for part in network.modules()]
+    inputs, labels = images()
+    write(network, inputs.to(dtype), labels, seed=0)
+    assert [part.training for part in network.modules()] == modes
+    assert all(parameter.dtype == dtype and parameter.device.type == "cpu" for parameter in network.parameters())
+    assert accuracy_percent(network) > LEAST[name] - 10
+
+
+@every_network
+def test_frozen_parameters_and_random_state_stay_and_the_rest_is_written_around_them(name):
+    network = made(name)
+    parameters = list(network.named_parameters())
+    frozen = {key: parameter for key, parameter in parameters[: len(parameters) // 2] if key != "0.bias"}
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    before, random = copied(network), torch.get_rng_state()
+    accounts = write(network, *images(), seed=0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert set(frozen) <= set(accounts.left) and not set(frozen) & set(accounts.written)
+    for key, tensor in network.state_dict().items():
+        if key in accounts.left:
+            assert torch.equal(tensor, before[key])
+        elif tensor.numel() > 1:  # counters of batches may stay
+            assert not torch.equal(tensor, before[key]) or "norm" in key or tensor.eq(1).all() or tensor.eq(0).all()
+    assert accuracy_percent(network) > 30
+
+
+# ---- what is given ---------------------------------------------------------------------------------------------------
+
+
+class Listed(Dataset):
+    """Pairs of an image and a plain number."""
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        return images()[0][index], int(images()[1][index])
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        yield from zip(*images(), strict=True)
+
+
+GIVEN = {
+    "dataset": lambda: (Listed(),),
+    "tensor dataset": lambda: (TensorDataset(*images()),),
+    "iterable dataset": lambda: (Streamed(),),
+    "loader": lambda: (DataLoader(TensorDataset(*images()), batch_size=32),),
+    "shuffling loader": lambda: (DataLoader(TensorDataset(*images()), batch_size=64, shuffle=True),),
+    "one-hot labels": lambda: (images()[0], F.one_hot(images()[1])),
+    "one-hot labels of floating point": lambda: (images()[0], F.one_hot(images()[1]).double()),
+    "labels in a column of bytes": lambda: (images()[0], images()[1][:, None].byte()),
+    "images that need gradients": lambda: (images()[0].clone().requires_grad_(), images()[1]),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_labelled_images_of_every_form_give_the_same(given):
+    network = synthesize(made("convolutions"), *GIVEN[given](), seed=0)
+    assert_same(written("convolutions")[0], network, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_class_without_an_image_is_named_and_never_answered(name):
+    inputs, labels = images()
+    known = (labels != 3) & (labels != 9)
+    network = made(name)
+    accounts = write(network, inputs[known], labels[known], seed=0)
+    assert accounts.missing == [3, 9] and accounts.images == known.sum()
+    assert accuracy_percent(network) > 0.7 * LEAST[name]
+    with torch.no_grad():
+        assert not torch.isin(network.eval()(images(59_000, 1000)[0]).argmax(1), torch.tensor([3, 9])).any()
+
+
+@every_network
+@pytest.mark.parametrize("count", [2, 12])
+def test_very_few_images_are_enough_to_write_from(name, count):
+    inputs, labels = images()
+    network = made(name)
+    accounts = write(network, inputs[:count], labels[:count], seed=0)
+    assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
+    assert accounts.images == count and set(accounts.missing) == set(range(10)) - set(labels[:count].tolist())
+    with torch.no_grad():
+        found = network.eval()(inputs[:count]).argmax(1)
+    assert torch.isin(found, labels[:count]).all()
+    assert count > 2 or torch.equal(found, labels[:count])
+
+
+def test_copies_of_images_are_as_one():
+    inputs, labels = images()
+    network = made("relu")
+    accounts = write(network, torch.cat([inputs] * 3), torch.cat([labels] * 3), seed=0)
+    assert accounts.images == 3 * COUNT
+    # Copies are held out together, so what is said of them is not what was seen.
+    assert accounts.held_out_percent == pytest.approx(accuracy_percent(network), abs=15)
+    assert accounts.held_out_percent < 99
+
+
+def test_a_limit_uses_so_many():
+    network = made("relu")
+    accounts = write(network, *images(count=900), seed=0, limit=300)
+    assert accounts.images == 300
+    assert_same(network, synthesize(made("relu"), *images(count=900), seed=0, limit=300))
+    assert not torch.equal(network[1].weight, synthesize(made("relu"), *images(count=900), seed=0)[1].weight)
+
+
+# ---- more images than there is memory for ----------------------------------------------------------------------------
+
+
+class Held(TorchDispatchMode):
+    """Counts the largest number of bytes that the tensors made within it take at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return result
+
+
+class Endless(Dataset):
+    """Images moved about, so that there are many, none of which is kept."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        noise = 0.1 * torch.randn(1, SIDE, SIDE, generator=generator)
+        return images()[0][index % COUNT] + noise, images()[1][index % COUNT]
+
+
+@pytest.mark.parametrize("name", ["relu", "convolutions"])
+def test_memory_does_not_grow_with_the_number_of_images(name, monkeypatch):
+    def most(count: int) -> int:
+        network = made(name)
+        with Held() as held:
+            accounts = write(network, DataLoader(Endless(count), batch_size=50), seed=0, limit=10**6)
+        assert accounts.images == count and accuracy_percent(network) > 65
+        return held.most
+
+    monkeypatch.setattr(labelled, "LARGEST_SAMPLE", 300)
+    monkeypatch.setattr(features, "LARGEST_CHUNK", 100)
+    few_in_memory = most(800)
+    monkeypatch.setattr(labelled, "RESIDENT", 300)
+    few, many = most(800), most(2400)
+    assert many < 1.02 * few < 1.02 * few_in_memory
+
+
+def test_images_that_are_not_kept_give_nearly_the_same(monkeypatch):
+    monkeypatch.setattr(labelled, "LARGEST_SAMPLE", 300)
+    kept = synthesize(made("convolutions"), Endless(1200), seed=0)
+    monkeypatch.setattr(labelled, "RESIDENT", 0)
+    streamed = synthesize(made("convolutions"), DataLoader(Endless(1200), batch_size=70, shuffle=True), seed=0)
+    last = [name for name, _ in kept.named_parameters()][-2:]
+    assert_same(kept, streamed, but=tuple(last), atol=1e-4, rtol=1e-3)
+    assert accuracy_percent(streamed) == pytest.approx(accuracy_percent(kept), abs=3)
+    accounts = write(made("relu"), Endless(1200), seed=0, limit=500)
+    assert accounts.images == 500
+
+
+# ---- a linear probe --------------------------------------------------------------------------------------------------
+
+
+def with_frozen_backbone() -> nn.Module:
+    """A network as if its backbone were pretrained, on other images; only its last layer is to be written."""
+    backbone = nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 30), nn.ReLU()
+    )
+    network = synthesize(nn.Sequential(backbone, nn.Linear(30, 10)), *images(1000), seed=0)
+    backbone.requires_grad_(False)
+    nn.init.zeros_(network[1].weight)
+    return network
+
+
+def probed(network: nn.Module) -> tuple[Tensor, Tensor]:
+    """Write a network's last layer: the standardised features [N, 30] and the logits [N, 10] of the first images."""
+    before = copied(network)
+    accounts = write(network, *images(), seed=0)
+    assert accounts.written == ["1.weight", "1.bias"]
+    assert sorted(accounts.left) == sorted(key for key in before if key.startswith("0"))
+    assert all(torch.equal(network.state_dict()[key], before[key]) for key in accounts.left)
+    with torch.no_grad():
+        rows = network.eval()[0](images()[0])
+        deviation = rows.std(0) + 1e-3 * rows.std()
+        return ((rows - rows.mean(0)) / deviation).double(), network[1](rows).double()
+
+
+def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features():
+    x, logits = probed(with_frozen_backbone())
+    labels, weight, bias = images()[1], *(torch.zeros(*shape, 10).double().requires_grad_() for shape in ((30,), ()))
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        value = F.cross_entropy(x @ weight + bias, labels) + classes.DECAY * weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    with torch.no_grad():
+        best = x @ weight + bias
+        assert F.cross_entropy(logits, labels) < F.cross_entropy(best, labels) + 0.02
+        assert (logits.argmax(1) == best.argmax(1)).double().mean() > 0.97
+
+
+def test_a_frozen_backbone_gets_the_ridge_regression_of_its_features(monkeypatch):
+    nothing = Regression(torch.zeros(30, 10), torch.zeros(10))
+    monkeypatch.setattr(classes, "logistic", lambda *_: nothing)  # which is no better than ridge regression
+    x, logits = probed(with_frozen_backbone())
+    targets = F.one_hot(images()[1]).double()
+    differences = []
+    for strength in STRENGTHS:
+        gram = x.T @ x
+        gram.diagonal().add_(strength * gram.diagonal().mean())
+        ridge = x @ torch.linalg.solve(gram, x.T @ (targets - targets.mean(0))) + targets.mean(0)
+        scale = (logits * ridge).sum() / ridge.square().sum()
+        differences.append(((logits - scale * ridge).norm() / logits.norm()).item())
+    assert min(differences) < 1e-4 and sorted(differences)[1] > 1e-3
+
+
+def test_biases_alone_are_written_for_the_weights_that_there_are():
+    network = synthesize(made("convolutions"), *images(1000), seed=0)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            nn.init.constant_(parameter, -3.0)  # so that hardly a neuron is on
+        else:
+            parameter.requires_grad_(False)
+    assert accuracy_percent(network) < 50
+    accounts = write(network, *images(), seed=0)
+    assert sorted(accounts.written) == sorted(name for name, _ in network.named_parameters() if name.endswith("bias"))
+    assert accuracy_percent(network) > 60
+
+
+# ---- several processes, and half the precision -----------------------------------------------------------------------
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from test_rules import CASES, images, made, write
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, states = dist.get_rank(), {}
+for name, count in CASES:
+    first = 2 * count // 3  # they need not have the same number
+    share = [values[:first] if rank == 0 else values[first:] for values in images(count=count)]
+    network = made(name)
+    accounts = write(network, *share, seed=0)
+    states[name, count] = network.state_dict(), accounts.images, accounts.held_out_percent
+torch.save(states, f"{sys.argv[1]}/{rank}.pth")
+dist.destroy_process_group()
+"""
+CASES = (("relu", 400), ("relu", 90), ("convolutions", 400), ("global pooling", 15), ("MultiheadAttention", 90))
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory) -> list[dict]:
+    """What each of two processes makes of its share of the images."""
+    directory = tmp_path_factory.mktemp("processes")
+    (directory / "worker.py").write_text(WORKER)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    result = command(directory / "worker.py", directory, launcher=launcher, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [torch.load(directory / f"{rank}.pth", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_write_the_weights_of_one(processes, case):
+    """Also of fewer images than features, of which sums alone would not do."""
+    name, count = case
+    alone = made(name)
+    accounts = write(alone, *images(count=count), seed=0)
+    for state, all_images, held_out_percent in (found[case] for found in processes):
+        assert all_images == count and held_out_percent == pytest.approx(accounts.held_out_percent, abs=1)
+        for key, tensor in alone.state_dict().items():
+            torch.testing.assert_close(state[key], tensor, atol=1e-3, rtol=1e-3, msg=key)
+
+
+@pytest.mark.parametrize(
+    "name", ["convolutions", "BatchNorm2d", "depthwise", "global pooling", "residual, gain, shift"]
+)
+def test_convolutions_in_bf16_cost_little_accuracy(name, monkeypatch):
+    monkeypatch.setattr(features, "fast_bf16", lambda device: False)
+    exact = synthesize(made(name), *images(), seed=0)
+    monkeypatch.setattr(features, "fast_bf16", lambda device: True)
+    rounded = synthesize(made(name), *images(), seed=0)
+    assert not all(torch.equal(tensor, rounded.state_dict()[key]) for key, tensor in exact.state_dict().items())
+    assert accuracy_percent(rounded) > accuracy_percent(exact) - 5
+
+
+# ---- bad input: one line, and nothing changed ------------------------------------------------------------------------
+
+
+class Particular(nn.Module):
+    """Takes images of three channels only."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.out(self.first(x).relu().mean((2, 3)))
+
+
+def spoiled(values: Tensor, index: int, value: float) -> Tensor:
+    values = values.clone()
+    values[index] = value
+    return values
+
+
+def batches(*given) -> DataLoader:
+    """A loader of what is given as it is."""
+    return DataLoader([*given], batch_size=None)
+
+
+X, Y = (values[:40] for values in images())
+BAD = {
+    "different counts": ((X, Y[:30]), r"images of shape \[40, 1, 14, 14\] and labels of \[30\]"),
+    "no labels": ((X,), "the labels are missing"),
+    "a list of labels": ((X, Y.tolist()), "the labels are a list"),
+    "labels of floating point": ((X, Y.float()), r"the labels are torch.float32: give whole numbers"),
+    "rows that are not one-hot": ((X, torch.rand(40, 10)), "not one-hot"),
+    "two classes an image": ((X, F.one_hot(Y) + F.one_hot((Y + 1) % 10)), "not one-hot"),
+    "labels of three axes": ((X, Y[:, None, None]), r"labels of shape \[40, 1, 1\]"),
+    "a negative label": ((X, spoiled(Y, 7, -2)), "a label is -2"),
+    "a label beyond the outputs": ((X, spoiled(Y, 7, 10)), "a label is 10, but Sequential has 10 outputs"),
+    "one class": ((X, torch.full_like(Y, 4)), "all 40 labels are 4"),
+    "one image": ((X[:1], Y[:1]), "there is one image"),
+    "no image": ((X[:0], Y[:0]), "no images"),
+    "NaN": ((spoiled(X, 7, torch.nan), Y), "NaN or infinite"),
+    "infinite": ((spoiled(X, 7, torch.inf), Y), "NaN or infinite"),
+    "too large for what is computed": ((X * 1e30, Y), "NaN or infinite"),
+    "constant images": ((torch.full_like(X, 0.5), Y), "all images are the same"),
+    "copies of one image": ((X[:1].repeat(40, 1, 1, 1), Y), "all images are the same"),
+    "bytes": (((255 * X.clamp(0, 1)).byte(), Y), r"the images are torch.uint8"),
+    "no tensor": ((X.numpy(), Y), "labels beside a ndarray|the images are a ndarray"),
+    "labels beside a data set": ((TensorDataset(X, Y), Y), "labels beside a TensorDataset"),
+    "flat images": ((X.flatten(1), Y), r"takes no inputs of shape \[N, 196\]"),
+    "images alone": ((DataLoader(TensorDataset(X)),), "gives a list, not pairs"),
+    "triples": ((DataLoader(TensorDataset(X, X, Y)),), "gives a list, not pairs"),
+    "dictionaries": ((batches({"images": X, "labels": Y}),), "gives a dict, not pairs"),
+    "names of classes": ((batches((X, ["seven"] * 40)),), "gives a (tuple|list), not pairs"),
+    "batches of different counts": ((batches((X, Y[:30])),), "40 images and 30 labels"),
+    "images of two sizes": ((batches((X, Y), (X[..., :13], Y)),), r"\[1, 14, 14\] and of \[1, 14, 13\]"),
+    "an empty loader": ((DataLoader(TensorDataset(X[:0], Y[:0])),), "no images"),
+    "a file's name": (("mnist.npz",), "the images are a str"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_what_cannot_be_learned_from_gets_one_line_and_changes_nothing(bad):
+    given, reason = BAD[bad]
+    network = made("BatchNorm2d")
+    before = copied(network)
+    with pytest.raises(ValueError, match=reason) as caught:
+        write(network, *given, seed=0)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items()) and network.training
+
+
+def test_what_the_module_says_of_images_that_it_does_not_take_is_told_with_its_line():
+    with pytest.raises(ValueError, match=r"Particular takes no inputs of shape \[N, 1, 14, 14\]") as caught:
+        synthesize(Particular(), *images())
+    assert "expected" in str(caught.value) and "channels" in str(caught.value)
+    assert "(test_rules.py, line" in str(caught.value) and "self.first(x)" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("out of memory")])
+def test_what_ends_it_midway_leaves_the_module_as_it_was(error, monkeypatch):
+    original, calls = synthesis.Writing.write_layer, []
+
+    def write_layer(self, layer, inputs):
+        calls.append(layer.name)
+        if len(calls) == 4:
+            raise error
+        original(self, layer, inputs)
+
+    monkeypatch.setattr(synthesis.Writing, "write_layer", write_layer)
+    network = made("BatchNorm2d").train()
+    before = copied(network)
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        synthesize(network, *images(), seed=0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert network.training and len(calls) == 4
