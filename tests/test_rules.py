@@ -252,7 +252,7 @@ def test_other_seeds_give_other_networks(name):
     networks = [written(name, seed)[0] for seed in range(5)]
     overlap = mean_pairwise_overlap([wrong(network) for network in networks])
     print(f"error overlap: {overlap:.2f}")
-    assert overlap < 0.85
+    assert overlap < 0.75
 
 
 @every_network
