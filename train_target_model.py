@@ -68,7 +68,7 @@ def main() -> None:
                 path.unlink()
         log = []
         training = train_with_adam(model, train, options.epochs, options.lr, options.batch_size, use_bf16)
-        for epoch, _, loss, seconds in itertools.chain([(0, 0, None, 0.0)], training):
+        for epoch, _, loss, seconds, _ in itertools.chain([(0, 0, None, 0.0, 0.0)], training):
             if epoch:
                 save_checkpoint(model, directory, epoch)
             accuracy_percent = score(model, scored).accuracy_percent

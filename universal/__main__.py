@@ -90,6 +90,8 @@ def parse_options() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {word} --data")
     if options.plot and not options.compare:
         parser.error("--plot needs --compare")
+    if options.data is not None and not options.data.exists():
+        parser.error(f"--data {options.data}: no such file or directory: give labelled images")
     if options.data is not None and options.out.with_suffix(".json").is_dir():
         parser.error(f"{options.out.with_suffix('.json')} is a directory, and would be written beside --out")
     return options
@@ -252,7 +254,7 @@ def show_comparison(options: argparse.Namespace, build: Callable[[], nn.Module],
         train, scored, named = train.at(known), train.at(kept), f"one image in {FOLDS}, which neither has seen"
     else:
         scored, named = images.test.to(options.device), f"{len(images.test):,} test images"
-    print(f"\nBeside Adam, from {len(train):,} images; accuracy on {named}:", flush=True)
+    print(f"\nBeside Adam, both from {len(train):,} images; accuracy on {named}:", flush=True)
     found = compare(
         build, lambda network, part: write_from(network, part, options.seed, options.limit), train, scored, options.seed
     )

@@ -44,6 +44,9 @@ def fit(
                 if logits is None or logits.dim() != 2 or len(logits) != 2:
                     raise ValueError("what it returns is no logits [N, classes]")
             except Exception as error:  # the module's own code may raise anything
+                if "required positional argument" in str(error):
+                    line = f"takes more than images ({in_short(error)}): give a network of one input"
+                    raise ValueError(line) from error
                 said = said or (shape, f"{in_short(error)}{place_of(error)}")
             else:
                 return Fit(channels, size, shape, logits.shape[1])

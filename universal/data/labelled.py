@@ -143,6 +143,8 @@ def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
     if isinstance(images, Tensor):
         if not isinstance(labels, Tensor):
             raise ValueError(f"the labels are {name_of(labels)}: give a tensor of whole numbers [N]")
+        if not len(images):
+            raise ValueError("there are no images: give some of two classes or more")
         if images.dim() < 2 or len(images) != len(labels):
             raise ValueError(
                 f"images of shape {[*images.shape]} and labels of {[*labels.shape]}: give one label an image"

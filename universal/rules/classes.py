@@ -59,9 +59,9 @@ def logistic(
 
     Conjugate gradients, preconditioned by the features' Gram matrix, which bounds the Hessian (Böhning 1992).
     """
-    chunks = [chunk for chunk in features.in_memory() if (chunk.folds != without).any()]
-    chunks = [tuple(values[chunk.folds != without] for values in chunk[:2]) for chunk in chunks]
-    chunks = [((x - mean) / deviation, labels) for x, labels in chunks]
+    rows, labels, folds = zip(*features.in_memory(), strict=True)
+    one_hot, sizes = F.one_hot(torch.cat(labels), len(start.bias)).to(mean), [len(part) for part in rows]
+    used = (torch.cat(folds) != without).to(mean)[:, None]
     shared = dist.is_initialized() and features.are_shares
 
     def over_all(value: Tensor) -> Tensor:
@@ -69,32 +69,34 @@ def logistic(
             dist.all_reduce(value)
         return value
 
-    count = over_all(mean.new_tensor(float(sum(len(labels) for _, labels in chunks))))
-    weight, bias = start
-    logits = [torch.addmm(bias, x, weight) for x, _ in chunks]
+    def logits_of(parameters: Tensor) -> Tensor:
+        weight = parameters[:-1] / deviation[:, None]
+        bias = parameters[-1] - mean @ weight
+        return torch.cat([torch.addmm(bias, part, weight) for part in rows])
+
+    count = over_all(used.sum())
+    parameters = torch.cat([start.weight, start.bias[None]])
+    decay = torch.full_like(parameters, 2 * DECAY)
+    decay[-1] = 0
+    logits = logits_of(parameters)
     direction = before = None
     for _ in range(ITERATIONS):
-        shares = [known.softmax(1) for known in logits]  # of the classes, by image
-        residuals = [F.one_hot(y, len(bias)).to(p) - p for (_, y), p in zip(chunks, shares, strict=True)]
-        downhill = torch.cat(
-            [sum(x.T @ r for (x, _), r in zip(chunks, residuals, strict=True)), sum(r.sum(0) for r in residuals)[None]]
-        )
-        downhill = over_all(downhill) / count
-        downhill[:-1] -= 2 * DECAY * weight
-        downhill[-1] *= intercept
-        scaled = torch.cat([2 * count * solved.inverse(downhill[:-1]), 2 * downhill[-1:]])
+        shares = logits.softmax(1)
+        errors = (one_hot - shares) * used
+        total = errors.sum(0)
+        gradient = sum(part.T @ wrong for part, wrong in zip(rows, errors.split(sizes), strict=True))
+        gradient = (gradient - torch.outer(mean, total)) / deviation[:, None]
+        downhill = over_all(torch.cat([gradient, intercept * total[None]])) / count - decay * parameters
+        scaled = 2 * torch.cat([count * solved.inverse(downhill[:-1]), downhill[-1:]])
         size = (downhill * scaled).sum()
         if direction is None:
             direction = scaled
         else:  # Polak and Ribière
             direction = scaled + ((size - (before[0] * scaled).sum()) / before[1]).clamp(min=0) * direction
         before = downhill, size
-        changes = [torch.addmm(direction[-1], x, direction[:-1]) for x, _ in chunks]
-        curvature = sum(
-            ((p * c.square()).sum(1) - (p * c).sum(1).square()).sum() for p, c in zip(shares, changes, strict=True)
-        )
-        curvature = over_all(curvature) / count + 2 * DECAY * direction[:-1].square().sum()
+        change = logits_of(direction)
+        spread = (shares * change.square()).sum(1) - (shares * change).sum(1).square()
+        curvature = over_all((spread * used[:, 0]).sum()) / count + (decay * direction.square()).sum()
         step = ((downhill * direction).sum() / curvature.clamp(min=1e-12)).clamp(max=LONGEST)
-        weight, bias = weight + step * direction[:-1], bias + step * direction[-1]
-        logits = [known.add_(step * change) for known, change in zip(logits, changes, strict=True)]
-    return Regression(weight, bias)
+        parameters, logits = parameters + step * direction, logits + step * change
+    return Regression(parameters[:-1], parameters[-1])

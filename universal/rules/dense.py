@@ -5,6 +5,7 @@ most of the labels; and a few ridge regressions tell each neuron what it should 
 one more entry in CANDIDATES.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -138,13 +139,13 @@ def thresholds(
     weight: Tensor, features: Tensor, activation: Activation, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weight scaled to responses of deviation 1, and biases by which different shares of the images are on."""
-    responses = (features[:512] @ weight.T).T
-    apart = (weight.square() @ features[:512].var(0))[:, None].sqrt()  # the deviation if the features were independent
-    scale = responses.std(1, keepdim=True) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
+    responses = features[:512] @ weight.T
+    apart = (weight.square() @ features[:512].var(0)).sqrt()  # the deviation if the features were independent
+    scale = responses.std(0) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
     least, most = (0.5, 0.5) if activation.is_linear else (LEAST_ON, MOST_ON)
-    off = 1 - least - (most - least) * torch.rand(len(weight), 1, generator=generator).to(weight)
-    at = (off * (responses.shape[1] - 1)).long()
-    return weight / scale, -(responses / scale).sort(1).values.gather(1, at)[:, 0]
+    on = least + (most - least) * torch.rand(len(weight), generator=generator).to(weight)
+    quantile = math.sqrt(2) * torch.erfinv(1 - 2 * on)  # of a normal distribution, which sums of many features are near
+    return weight / scale[:, None], -responses.mean(0) / scale - quantile
 
 
 def subclasses(
