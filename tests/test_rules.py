@@ -247,12 +247,12 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_module_held(name):
     assert_same(written(name)[0], again)
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in ("linear", "no activation")])
+@pytest.mark.parametrize("name", [*SOME, "tanh", "LayerNorm, also of the pixels", "patches"])
 def test_other_seeds_give_other_networks(name):
-    networks = [written(name, seed)[0] for seed in range(2 if name not in SOME else 5)]
+    networks = [written(name, seed)[0] for seed in range(5)]
     overlap = mean_pairwise_overlap([wrong(network) for network in networks])
     print(f"error overlap: {overlap:.2f}")
-    assert overlap < 0.85
+    assert overlap < 0.75
 
 
 @every_network
@@ -292,8 +292,9 @@ def test_permuted_neurons_of_the_init_are_written_permuted(name):
     assert any(not torch.allclose(tensor, found[key], rtol=0.1) for key, tensor in other.state_dict().items())
 
 
-@every_network
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, torch.float16) for name in NETWORKS] + [(name, torch.float64) for name in SOME]
+)
 def test_mode_and_dtype_stay(name, dtype):
     network = made(name).to(dtype).train()
     next(network.children()).eval()
@@ -305,11 +306,11 @@ def test_mode_and_dtype_stay(name, dtype):
     assert accuracy_percent(network) > LEAST[name] - 10
 
 
-@every_network
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "linear"])
 def test_frozen_parameters_and_random_state_stay_and_the_rest_is_written_around_them(name):
     network = made(name)
     parameters = list(network.named_parameters())
-    frozen = {key: parameter for key, parameter in parameters[: len(parameters) // 2] if key != "0.bias"}
+    frozen = dict(parameters[: len(parameters) // 3 or 1])
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     before, random = copied(network), torch.get_rng_state()
@@ -387,6 +388,14 @@ def test_very_few_images_are_enough_to_write_from(name, count):
     assert count > 2 or torch.equal(found, labels[:count])
 
 
+@pytest.mark.parametrize("name", ["linear", *SOME])
+def test_what_is_held_out_is_not_seen(name):
+    inputs, labels = images()
+    order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
+    accounts = write(made(name), inputs, labels[order], seed=0)  # of which nothing can be learned but by heart
+    assert accounts.held_out_percent < 20
+
+
 def test_copies_of_images_are_as_one():
     inputs, labels = images()
     network = made("relu")
@@ -414,61 +423,81 @@ class Held(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.most = 0
+        self.most = self.total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, Tensor) and not tensor.is_meta:
                 storage = tensor.untyped_storage()
+                self.total += storage.nbytes()
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
-        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        if self.total > self.most:  # or seems so, with those that are gone
+            self.alive = {key: (ref, size) for key, (ref, size) in self.alive.items() if not ref.expired()}
+            self.total = sum(size for _, size in self.alive.values())
+            self.most = max(self.most, self.total)
         return result
 
 
-class Endless(Dataset):
-    """Images moved about, so that there are many, none of which is kept."""
+class Batches(Dataset):
+    """Batches of 50 images, with noise, so that there are as many as one likes, none of which is kept."""
 
     def __init__(self, count: int):
         self.count = count
 
     def __len__(self):
-        return self.count
+        return self.count // 50
 
     def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        noise = 0.1 * torch.randn(1, SIDE, SIDE, generator=generator)
-        return images()[0][index % COUNT] + noise, images()[1][index % COUNT]
+        first = 50 * index % COUNT
+        noise = torch.randn(50, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(index))
+        return images()[0][first : first + 50] + 0.1 * noise, images()[1][first : first + 50]
+
+
+def many(count: int, shuffle: bool = False) -> DataLoader:
+    return DataLoader(Batches(count), batch_size=None, shuffle=shuffle)
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """As if of most sets of images only 300 could be kept. What it gives lets all be kept again."""
+    monkeypatch.setattr(labelled, "LARGEST_SAMPLE", 300)
+    monkeypatch.setattr(features, "LARGEST_CHUNK", 100)
+    resident = labelled.RESIDENT
+    monkeypatch.setattr(labelled, "RESIDENT", 0)
+    return lambda: monkeypatch.setattr(labelled, "RESIDENT", resident)
 
 
 @pytest.mark.parametrize("name", ["relu", "convolutions"])
-def test_memory_does_not_grow_with_the_number_of_images(name, monkeypatch):
+def test_memory_does_not_grow_with_the_number_of_images(name, little_memory):
     def most(count: int) -> int:
         network = made(name)
         with Held() as held:
-            accounts = write(network, DataLoader(Endless(count), batch_size=50), seed=0, limit=10**6)
+            accounts = write(network, many(count), seed=0, limit=10**6)
         assert accounts.images == count and accuracy_percent(network) > 65
         return held.most
 
-    monkeypatch.setattr(labelled, "LARGEST_SAMPLE", 300)
+    few, more = most(800), most(2400)
+    little_memory()
+    assert abs(more - few) < 0.25 * (most(2400) - few)
+
+
+def test_images_that_are_not_kept_give_nearly_the_same(little_memory):
+    streamed = synthesize(made("convolutions"), many(1200, shuffle=True), seed=0)
+    of_few = write(made("relu"), many(1200), seed=0, limit=500)
+    little_memory()
+    kept = synthesize(made("convolutions"), many(1200), seed=0)
+    last = tuple(name for name, _ in kept.named_parameters())[-2:]
+    assert_same(kept, streamed, but=last, atol=1e-4, rtol=1e-3)
+    assert accuracy_percent(streamed) == pytest.approx(accuracy_percent(kept), abs=5)
+    assert of_few.images == 500
+
+
+def test_features_that_are_not_all_kept_give_the_same(monkeypatch):
     monkeypatch.setattr(features, "LARGEST_CHUNK", 100)
-    few_in_memory = most(800)
-    monkeypatch.setattr(labelled, "RESIDENT", 300)
-    few, many = most(800), most(2400)
-    assert many < 1.02 * few < 1.02 * few_in_memory
-
-
-def test_images_that_are_not_kept_give_nearly_the_same(monkeypatch):
-    monkeypatch.setattr(labelled, "LARGEST_SAMPLE", 300)
-    kept = synthesize(made("convolutions"), Endless(1200), seed=0)
-    monkeypatch.setattr(labelled, "RESIDENT", 0)
-    streamed = synthesize(made("convolutions"), DataLoader(Endless(1200), batch_size=70, shuffle=True), seed=0)
-    last = [name for name, _ in kept.named_parameters()][-2:]
-    assert_same(kept, streamed, but=tuple(last), atol=1e-4, rtol=1e-3)
-    assert accuracy_percent(streamed) == pytest.approx(accuracy_percent(kept), abs=3)
-    accounts = write(made("relu"), Endless(1200), seed=0, limit=500)
-    assert accounts.images == 500
+    kept = synthesize(made("convolutions"), *images(), seed=0)
+    monkeypatch.setattr(features, "CACHE", 100 * 200)  # the first of four chunks
+    assert_same(kept, synthesize(made("convolutions"), *images(), seed=0), atol=1e-4, rtol=1e-3)
 
 
 # ---- a linear probe --------------------------------------------------------------------------------------------------
@@ -485,22 +514,25 @@ def with_frozen_backbone() -> nn.Module:
     return network
 
 
-def probed(network: nn.Module) -> tuple[Tensor, Tensor]:
+def probed(network: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     """Write a network's last layer: the standardised features [N, 30] and the logits [N, 10] of the first images."""
     before = copied(network)
-    accounts = write(network, *images(), seed=0)
+    accounts = write(network, *images(count=count), seed=0)
     assert accounts.written == ["1.weight", "1.bias"]
     assert sorted(accounts.left) == sorted(key for key in before if key.startswith("0"))
     assert all(torch.equal(network.state_dict()[key], before[key]) for key in accounts.left)
     with torch.no_grad():
-        rows = network.eval()[0](images()[0])
+        rows = network.eval()[0](images(count=count)[0])
         deviation = rows.std(0) + 1e-3 * rows.std()
         return ((rows - rows.mean(0)) / deviation).double(), network[1](rows).double()
 
 
 def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features():
-    x, logits = probed(with_frozen_backbone())
-    labels, weight, bias = images()[1], *(torch.zeros(*shape, 10).double().requires_grad_() for shape in ((30,), ()))
+    x, logits = probed(with_frozen_backbone(), 2000)
+    labels, weight, bias = (
+        images(count=2000)[1],
+        *(torch.zeros(*shape, 10).double().requires_grad_() for shape in ((30,), ())),
+    )
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -519,7 +551,7 @@ def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features():
 def test_a_frozen_backbone_gets_the_ridge_regression_of_its_features(monkeypatch):
     nothing = Regression(torch.zeros(30, 10), torch.zeros(10))
     monkeypatch.setattr(classes, "logistic", lambda *_: nothing)  # which is no better than ridge regression
-    x, logits = probed(with_frozen_backbone())
+    x, logits = probed(with_frozen_backbone(), 400)
     targets = F.one_hot(images()[1]).double()
     differences = []
     for strength in STRENGTHS:
@@ -564,7 +596,7 @@ for name, count in CASES:
 torch.save(states, f"{sys.argv[1]}/{rank}.pth")
 dist.destroy_process_group()
 """
-CASES = (("relu", 400), ("relu", 90), ("convolutions", 400), ("global pooling", 15), ("MultiheadAttention", 90))
+CASES = (("relu", 400), ("linear", 90), ("convolutions", 400), ("MultiheadAttention", 90))
 
 
 @pytest.fixture(scope="module")
@@ -645,7 +677,7 @@ BAD = {
     "no image": ((X[:0], Y[:0]), "no images"),
     "NaN": ((spoiled(X, 7, torch.nan), Y), "NaN or infinite"),
     "infinite": ((spoiled(X, 7, torch.inf), Y), "NaN or infinite"),
-    "too large for what is computed": ((X * 1e30, Y), "NaN or infinite"),
+    "values that are too large to be squared": ((X * 1e30, Y), "values beyond 1,000,000,000: standardise them"),
     "constant images": ((torch.full_like(X, 0.5), Y), "all images are the same"),
     "copies of one image": ((X[:1].repeat(40, 1, 1, 1), Y), "all images are the same"),
     "bytes": (((255 * X.clamp(0, 1)).byte(), Y), r"the images are torch.uint8"),
