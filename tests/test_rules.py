@@ -597,7 +597,7 @@ for name, count in CASES:
 torch.save(states, f"{sys.argv[1]}/{rank}.pth")
 dist.destroy_process_group()
 """
-CASES = (("relu", 400), ("linear", 90), ("convolutions", 400), ("MultiheadAttention", 90))
+CASES = (("relu", 400), ("residual, gain, shift", 30), ("convolutions", 400), ("MultiheadAttention", 90))
 
 
 @pytest.fixture(scope="module")
