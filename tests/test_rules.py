@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import REPOSITORY, command
 from test_model import NETWORKS as PERMUTED
@@ -21,7 +22,7 @@ from universal import Accounts, synthesize, write
 from universal.data import labelled
 from universal.experiment.verdict import mean_pairwise_overlap
 from universal.rules import classes, features, synthesis
-from universal.rules.moments import STRENGTHS, Regression
+from universal.rules.moments import STRENGTHS, Regression, Sums
 
 SIDE, COUNT = 14, 400
 
@@ -286,8 +287,7 @@ def test_permuted_neurons_of_the_init_are_written_permuted(name):
         write(network, inputs, labels)
     expected, found = permuted(straight.state_dict(), groups, seed=1), crossed.state_dict()
     for key in found:
-        # Rounding, which differs with the order of neurons, grows in a logistic regression of few images.
-        torch.testing.assert_close(found[key], expected[key], atol=1e-3, rtol=5e-2, msg=key)
+        assert (found[key] - expected[key]).double().norm() <= 1e-2 * expected[key].double().norm(), key
     other = build()
     write(other, inputs, labels)
     assert any(not torch.allclose(tensor, found[key], rtol=0.1) for key, tensor in other.state_dict().items())
@@ -395,6 +395,16 @@ def test_what_is_held_out_is_not_seen(name):
     order = torch.randperm(COUNT, generator=torch.Generator().manual_seed(1))
     accounts = write(made(name), inputs, labels[order], seed=0)  # of which nothing can be learned but by heart
     assert accounts.held_out_percent < 20
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_hidden_layers_do_not_depend_on_the_labels_of_what_is_held_out(name):
+    sample = labelled.LabelledImages(*images(), seed=0).sample
+    changed = (sample.folds == labelled.HELD_OUT) & (torch.arange(COUNT) >= 100)  # all classes came before
+    assert changed.sum() > 40
+    labels = sample.labels, torch.where(changed, (sample.labels + 1) % 10, sample.labels)
+    one, other = (synthesize(made(name), sample.images, some, seed=0) for some in labels)
+    assert_same(one, other, but=tuple(name for name, _ in one.named_parameters())[-2:])
 
 
 def test_copies_of_images_are_as_one():
@@ -583,7 +593,7 @@ WORKER = """
 import sys
 import torch
 import torch.distributed as dist
-from test_rules import CASES, images, made, write
+from test_rules import CASES, images, made, regressed, write
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -594,10 +604,20 @@ for name, count in CASES:
     network = made(name)
     accounts = write(network, *share, seed=0)
     states[name, count] = network.state_dict(), accounts.images, accounts.held_out_percent
+states["regression"] = regressed(slice(rank, None, 2))
 torch.save(states, f"{sys.argv[1]}/{rank}.pth")
 dist.destroy_process_group()
 """
 CASES = (("relu", 400), ("residual, gain, shift", 30), ("convolutions", 400), ("MultiheadAttention", 90))
+
+
+def regressed(share: slice) -> Tensor:
+    """The weight of a regression of 60 images, of which this process has a share, from 196 features, hardly ridged."""
+    sums, (inputs, labels) = Sums(), images(count=60)
+    sums.add(inputs[share].flatten(1), F.one_hot(labels[share]).float())
+    if dist.is_initialized():
+        sums.over_processes()
+    return sums.solver(True)(1e-7).regression.weight
 
 
 @pytest.fixture(scope="module")
@@ -615,7 +635,6 @@ def processes(tmp_path_factory) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_two_processes_write_the_weights_of_one(processes, case):
-    """Also of fewer images than features, of which sums alone would not do."""
     name, count = case
     alone = made(name)
     accounts = write(alone, *images(count=count), seed=0)
@@ -623,6 +642,12 @@ def test_two_processes_write_the_weights_of_one(processes, case):
         assert all_images == count and held_out_percent == pytest.approx(accounts.held_out_percent, abs=1)
         for key, tensor in alone.state_dict().items():
             torch.testing.assert_close(state[key], tensor, atol=1e-3, rtol=1e-3, msg=key)
+
+
+def test_two_processes_regress_fewer_images_than_features_as_one_does(processes):
+    alone = regressed(slice(None))
+    for found in processes:
+        assert (found["regression"] - alone).norm() < 1e-3 * alone.norm()
 
 
 @pytest.mark.parametrize(
@@ -675,7 +700,8 @@ BAD = {
     "a label beyond the outputs": ((X, spoiled(Y, 7, 10)), "a label is 10, but Sequential has 10 outputs"),
     "one class": ((X, torch.full_like(Y, 4)), "all 40 labels are 4"),
     "one image": ((X[:1], Y[:1]), "there is one image"),
-    "no image": ((X[:0], Y[:0]), "no images"),
+    "no image": ((X[:0], Y[:0]), "there are no images"),
+    "a number for all labels": ((X, Y[0]), r"labels of \[\]: give one label an image"),
     "NaN": ((spoiled(X, 7, torch.nan), Y), "NaN or infinite"),
     "infinite": ((spoiled(X, 7, torch.inf), Y), "NaN or infinite"),
     "values that are too large to be squared": ((X * 1e30, Y), "values beyond 1,000,000,000: standardise them"),

@@ -116,7 +116,7 @@ class LabelledImages:
             if sum(len(part.keys) for part in parts) > 2 * most:
                 parts = [joined(parts).least(most)]
         if not total:
-            raise ValueError("no images: give some of two classes or more")
+            raise ValueError("there are no images: give some of two classes or more")
         return total, firsts, joined(parts).least(most if min(total, limit) <= most else LARGEST_SAMPLE)
 
     def _keyed(self, images: Tensor, labels: Tensor) -> Keyed:
@@ -143,9 +143,7 @@ def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
     if isinstance(images, Tensor):
         if not isinstance(labels, Tensor):
             raise ValueError(f"the labels are {name_of(labels)}: give a tensor of whole numbers [N]")
-        if not len(images):
-            raise ValueError("there are no images: give some of two classes or more")
-        if images.dim() < 2 or len(images) != len(labels):
+        if images.dim() < 2 or images.shape[:1] != labels.shape[:1]:
             raise ValueError(
                 f"images of shape {[*images.shape]} and labels of {[*labels.shape]}: give one label an image"
             )
