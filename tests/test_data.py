@@ -26,6 +26,7 @@ from universal import __main__ as command
 from universal.data.fitting import fit
 from universal.data.images import load_images
 from universal.data.pictures import read_picture
+from universal.evaluation.comparison import CLEARLY, compare
 
 NETS = """
 from torch import nn
@@ -587,6 +588,15 @@ def test_networks_of_every_kind_are_written_scored_and_compared(nets, tmp_path):
         assert float(re.search(r"Accuracy = ([\d.]+)%", output)[1]) > 80
         assert "level with the written network" in output
     assert "as [12, 12]" in written(nets, data, model="named")
+
+
+def test_adam_stops_where_it_has_clearly_passed_what_was_written(tmp_path):
+    train = load_images(saved(tmp_path / "a.npz", arrays(shape=(3, 12, 12), each=200))).train
+    found = compare(lambda: nn.Sequential(nn.Flatten(), nn.Linear(432, 3)), lambda *_: None, train, train, seed=0)
+    for points in found.adam.values():
+        enough = found.written.accuracy_percent + CLEARLY
+        assert all(point.accuracy_percent < enough for point in points[:-1])
+        assert points[-1].accuracy_percent >= enough
 
 
 def test_images_that_nothing_can_be_learned_from_get_one_line_that_names_the_file(nets, tmp_path, refusal):

@@ -21,6 +21,7 @@ from target_cnn import load_mnist
 from universal import Accounts, synthesize, write
 from universal.data import labelled
 from universal.experiment.verdict import mean_pairwise_overlap
+from universal.reading.graph import ComputationGraph
 from universal.rules import classes, features, synthesis
 from universal.rules.moments import STRENGTHS, Regression, Sums
 
@@ -520,6 +521,22 @@ def test_images_that_are_not_kept_give_nearly_the_same(little_memory):
     assert_same(kept, streamed, but=last, atol=1e-4, rtol=1e-3)
     assert accuracy_percent(streamed) == pytest.approx(accuracy_percent(kept), abs=5)
     assert of_few.images == 500
+
+
+@pytest.mark.parametrize(("others", "sees"), [(None, COUNT), ((True, True), COUNT), ((True, False), 100)])
+def test_the_logistic_regression_sees_all_images_that_every_process_keeps(monkeypatch, others, sees):
+    monkeypatch.setattr(labelled, "SAMPLE", 100)
+    monkeypatch.setattr(labelled, "OF_ALL", 0)
+    data = labelled.LabelledImages(*images())
+    graph = ComputationGraph(made("linear"), images()[0][:2])
+    read = features.Features(graph, graph.last, data, graph.weights())
+    sample, _ = read.sample(), list(read)
+    if others:
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(features, "gathered", lambda own: [own, *others])
+    chunks, are_shares = read.in_memory(sample)
+    seen = sum(len(chunk.labels) for chunk in chunks)
+    assert (seen, are_shares) == (sees, sees == COUNT)
 
 
 def test_features_that_are_not_all_kept_give_the_same(monkeypatch):

@@ -46,6 +46,7 @@ from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import ComputationGraph, Logits
 from universal.reading.refusals import place_of
+from universal.rules.synthesis import Accounts, write
 
 OF_DATA = ("size", "channels", "limit", "skip_broken", "compare", "plot")  # options that go with --data alone
 OF_MNIST = ("steps", "synthesizer", "validation")  # and without
@@ -181,10 +182,8 @@ def data_task(options: argparse.Namespace, build: Callable[[], nn.Module], rank:
     return Task(lambda network, seed: write_from(network, train, seed, options.limit), accuracy, images)
 
 
-def write_from(network: nn.Module, train: LabelledPixels, seed: int, limit: int):
-    """Write `network` in closed form. Returns its accounts."""
-    from universal.rules.synthesis import write
-
+def write_from(network: nn.Module, train: LabelledPixels, seed: int, limit: int) -> Accounts:
+    """Write `network` in closed form."""
     return write(network, train.loader(), seed=seed, limit=limit)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 MOST_IMAGES = 20_000  # that are used by default: accuracy gains little from more, for the time that they take
 SAMPLE, OF_ALL, LARGEST_SAMPLE = 6000, 0.25, 15_000  # images that all layers but the last are written from
@@ -150,7 +150,7 @@ def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
         return list(zip(images.detach().split(PART), labels.detach().split(PART), strict=True))
     if labels is not None:
         raise ValueError(f"labels beside {name_of(images)}: it gives its own, leave them out")
-    if isinstance(images, IterableDataset | Dataset) and not isinstance(images, DataLoader):
+    if isinstance(images, Dataset):
         return DataLoader(images, batch_size=256)
     if isinstance(images, DataLoader):
         return images

@@ -56,7 +56,7 @@ class Training:
         if len(self.curve) == 1:
             torch.manual_seed(self.seed)  # at all rates the same images in the same order
         for progress in self.steps:
-            if progress.all_seconds >= self.moments[0]:
+            if progress.all_seconds >= self.moments[0] or progress.step >= self.most_steps:
                 self.curve.append((progress.all_seconds, self._accuracy()))
                 self.moments = [moment for moment in self.moments if moment > progress.all_seconds]
             for name in [name for name, holds in marks.items() if name not in found and holds(progress)]:

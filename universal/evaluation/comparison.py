@@ -5,20 +5,18 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
 from scripting import table
-from target_cnn import score, train_with_adam
+from target_cnn import score
 from universal.data.images import LabelledPixels
 from universal.evaluation.baselines import RATES, built
+from universal.evaluation.clock import BATCH, Training
 from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 
-BATCH = 128
 EPOCHS = 3
 LEAST_STEPS = 300  # of small sets, of which three epochs are next to nothing
 CLEARLY = 0.5  # points ahead, by which a network is passed
-PAUSES = frozenset(round(10 * 1.5**power) for power in range(40))  # steps after which Adam's network is scored
 
 
 class Point(NamedTuple):
@@ -50,12 +48,14 @@ def compare(
     written = Point(seconds, accuracy_percent(network, scored))
     if len(train) % BATCH == 1:  # a batch of one has no statistics for a norm
         train = train.at(slice(len(train) - 1))
+    enough = min(written.accuracy_percent + CLEARLY, 100)
+    most_steps = max(EPOCHS * math.ceil(len(train) / BATCH), LEAST_STEPS)
     curves = {}
     for lr in RATES:
-        network = fast(
-            built(build, seed, train.labels.device).float(), train
-        )  # Adam's steps are lost in half precision
-        curves[lr] = adam_curve(network, train, scored, lr, seed, min(written.accuracy_percent + CLEARLY, 100))
+        network = fast(built(build, seed, train.labels.device).float(), train)  # steps are lost in half precision
+        training = Training(network, train, scored, lr, seed, seconds, most_steps)
+        training.run({"end": lambda at, curve=training.curve: curve[-1][1] >= enough or at.step >= most_steps})
+        curves[lr] = [Point(*point) for point in training.curve[1:]]
     return Comparison(written, curves)
 
 
@@ -70,29 +70,6 @@ def fast(network: nn.Module, train: LabelledPixels) -> nn.Module:
     """Its logits, in the layout that it is fastest in."""
     example = train[:2][0]
     return in_fastest_layout(Logits(ComputationGraph(network, example)), example)
-
-
-def adam_curve(
-    network: nn.Module, train: LabelledPixels, scored: LabelledPixels, lr: float, seed: int, enough: float
-) -> list[Point]:
-    """Train `network` until its accuracy is `enough`, in percent, or to the end: its accuracies, over the seconds of
-    training alone."""
-    torch.manual_seed(seed)
-    steps = math.ceil(len(train) / BATCH)
-    epochs = max(EPOCHS, math.ceil(LEAST_STEPS / steps))
-    points, before = [], 0.0
-    label = f"Adam at {lr:g}"
-    for progress in train_with_adam(network, train, epochs, lr, BATCH, pauses=PAUSES, label=label):
-        ends = progress.step % steps == 0
-        if ends and progress.step not in PAUSES and steps < LEAST_STEPS and progress.epoch < epochs:
-            before += progress.seconds  # a small set has too many epochs to score after each
-            continue
-        accuracy = score(network, scored).accuracy_percent
-        points.append(Point(before + progress.seconds, accuracy))
-        before += progress.seconds if ends else 0
-        if accuracy >= enough:
-            break
-    return points
 
 
 def comparison_table(found: Comparison) -> str:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from universal.data.labelled import HELD_OUT
-from universal.rules.features import Features
+from universal.rules.features import Chunk, Features
 from universal.rules.moments import Moments, Regression, Solved
 
 SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression are multiplied by
@@ -29,6 +29,7 @@ def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regre
     for x, labels, folds in features:
         moments.add((x - mean) / deviation, F.one_hot(labels, classes).to(x), folds == HELD_OUT)
     solved, strength = moments.over_processes().ridge(intercept)
+    chunks, are_shares = features.in_memory(sample)
     held = sample.folds == HELD_OUT
     x, labels = (sample.features[held] - mean) / deviation, sample.labels[held]
     sharpness, accuracy, fitted = USUAL_SHARPNESS, None, None
@@ -37,7 +38,7 @@ def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regre
         losses = [F.cross_entropy(regression(x), labels).item() for regression in ridges]
         best = losses.index(min(losses))
         sharpness, found = SHARPNESSES[best], ridges[best]
-        fitted = logistic(found, solved, features, mean, deviation, intercept, HELD_OUT)
+        fitted = logistic(found, solved, chunks, are_shares, mean, deviation, intercept, HELD_OUT)
         if F.cross_entropy(fitted(x), labels).item() < losses[best]:
             found = fitted
         else:
@@ -46,23 +47,24 @@ def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regre
     solved = moments.ridge_of_all(strength, intercept)
     found = Regression(*(sharpness * values for values in solved.regression))
     if fitted is not None:
-        found = logistic(fitted, solved, features, mean, deviation, intercept, NONE)
+        found = logistic(fitted, solved, chunks, are_shares, mean, deviation, intercept, NONE)
     weight = found.weight / deviation[:, None]
     return Regression(weight, found.bias - mean @ weight), accuracy
 
 
 def logistic(
-    start: Regression, solved: Solved, features: Features, mean: Tensor, deviation: Tensor, intercept: bool,
-    without: int,
+    start: Regression, solved: Solved, chunks: list[Chunk], are_shares: bool, mean: Tensor, deviation: Tensor,
+    intercept: bool, without: int,
 ) -> Regression:  # fmt: skip
-    """The logistic regression of standardised features, from a `start`, without the images of a fold.
+    """The logistic regression of the standardised features in `chunks`, from a `start`, without the images of a fold.
+    If they `are_shares` of all, processes add up what they find.
 
     Conjugate gradients, preconditioned by the features' Gram matrix, which bounds the Hessian (Böhning 1992).
     """
-    rows, labels, folds = zip(*features.in_memory(), strict=True)
+    rows, labels, folds = zip(*chunks, strict=True)
     one_hot, sizes = F.one_hot(torch.cat(labels), len(start.bias)).to(mean), [len(part) for part in rows]
     used = (torch.cat(folds) != without).to(mean)[:, None]
-    shared = dist.is_initialized() and features.are_shares
+    shared = dist.is_initialized() and are_shares
 
     def over_all(value: Tensor) -> Tensor:
         if shared:

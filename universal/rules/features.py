@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from target_cnn import fast_bf16
-from universal.data.labelled import LabelledImages
+from universal.data.labelled import LabelledImages, gathered
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
 
@@ -71,6 +71,8 @@ class Features:
     ):  # fmt: skip
         self.graph, self.layer, self.data, self.weights = graph, layer, data, weights
         self.before = before if before is not None and before.is_flat else None
+        if self.before is not None:
+            self.before.before = None  # whose features nobody needs any more
         fast = graph.convolutional and fast_bf16(data.sample.images.device)
         self.precision = torch.bfloat16 if fast else torch.float32
         self.cast = {name: tensor.to(self.precision) for name, tensor in weights.items()}
@@ -107,14 +109,11 @@ class Features:
     def all_kept(self) -> bool:
         return self.data.resident is not None and len(self.kept) * self.size >= len(self.data.resident.labels)
 
-    @property
-    def are_shares(self) -> bool:
-        """Whether those `in_memory` are this process's share of all."""
-        return self.all_kept
-
-    def in_memory(self) -> Iterator[Chunk]:
-        """What can be passed over again at no cost: all, after a pass in which they were kept, or else the sample."""
-        yield from self if self.all_kept else [self.sample()]
+    def in_memory(self, sample: Chunk) -> tuple[list[Chunk], bool]:
+        """What can be passed over again at no cost, and whether it is this process's share of all: all, after a pass in
+        which every process has kept them, or else the sample."""
+        kept = all(gathered(self.all_kept)) if dist.is_initialized() else self.all_kept
+        return (list(self), True) if kept else ([sample], False)
 
     def of(self, images: Tensor) -> Tensor:
         """What reaches the layer of some images."""

@@ -194,8 +194,7 @@ class Writing:
             vectors, inverse_root = principal(rows, 4)
             chosen = [(group + i) % len(vectors) for i in range(count)]
             return (vectors * inverse_root[:, None])[chosen]
-        both_signs = not is_odd(layer) and (layer.activation is not None or layer.normalised)
-        return directions(rows, count, both_signs, self.generator)
+        return directions(rows, count, not Activation(layer).is_odd, self.generator)
 
     def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates,
@@ -295,22 +294,16 @@ def places_among(weights: Tensor) -> Tensor:
     return weights.flatten(1).double().sum(1).argsort().argsort()
 
 
-def is_odd(layer: Layer) -> bool:
-    """Whether the function after a layer is odd about 0: then a direction and its opposite say the same."""
-    values = layer.activation
-    return values is not None and all(abs(values[3 + i] + values[3 - i] - 2 * values[3]) < 0.05 for i in (1, 2, 3))
-
-
 def to_scale(layer: Layer, responses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What divides neurons, and is taken off before, so that they are ACTIVE and of deviation 1; their means then.
 
     `responses` [n, neurons] are those without a bias.
     """
-    linear = is_odd(layer) or (layer.activation is None and not layer.normalised)
+    is_odd = Activation(layer).is_odd
     some = responses[: 2**22 // responses.shape[1]]
     # Where most responses are of one value, such as that of an empty background, a quantile may be their largest.
-    threshold = torch.quantile(some, 0.5 if linear else 1 - ACTIVE, dim=0)
+    threshold = torch.quantile(some, 0.5 if is_odd else 1 - ACTIVE, dim=0)
     threshold = threshold.clamp(some.mean(0) - some.std(0), some.mean(0))
-    after = some if linear else F.relu(some - threshold)
+    after = some if is_odd else F.relu(some - threshold)
     scale = after.std(0) + 1e-5
     return scale, threshold, (some.mean(0) - threshold) / scale
