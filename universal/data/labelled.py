@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-MOST_IMAGES = 20_000  # that are used by default: accuracy gains little from more, for the time that they take
+MOST_IMAGES = 20_000  # by default: from 55,000 of MNIST accuracy is half a point higher, for twice the seconds
 SAMPLE, OF_ALL, LARGEST_SAMPLE = 6000, 0.25, 15_000  # images that all layers but the last are written from
 RESIDENT = 2**28  # elements of images that may be in memory, one GiB; of larger sets, only the sample
 PART = 4096  # images of a tensor that are looked at together
