@@ -569,11 +569,12 @@ def probed(network: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     assert all(torch.equal(network.state_dict()[key], before[key]) for key in accounts.left)
     with torch.no_grad():
         rows = network.eval()[0](images(count=count)[0])
-        deviation = rows.std(0) + 1e-3 * rows.std()
+        deviation = rows.std(0) + classes.LEAST_DEVIATION * rows.std()
         return ((rows - rows.mean(0)) / deviation).double(), network[1](rows).double()
 
 
-def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features():
+def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features(monkeypatch):
+    monkeypatch.setattr(classes, "DECAYS", (1e-3,))
     x, logits = probed(with_frozen_backbone(), 2000)
     labels, weight, bias = (
         images(count=2000)[1],
@@ -583,7 +584,7 @@ def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features():
 
     def loss() -> Tensor:
         optimiser.zero_grad()
-        value = F.cross_entropy(x @ weight + bias, labels) + classes.DECAY * weight.square().sum()
+        value = F.cross_entropy(x @ weight + bias, labels) + 1e-3 * weight.square().sum()
         value.backward()
         return value
 
@@ -592,6 +593,16 @@ def test_a_frozen_backbone_gets_the_logistic_regression_of_its_features():
         best = x @ weight + bias
         assert F.cross_entropy(logits, labels) < F.cross_entropy(best, labels) + 0.02
         assert (logits.argmax(1) == best.argmax(1)).double().mean() > 0.97
+
+
+def test_the_strength_of_the_logistic_regression_is_what_the_held_out_images_ask_for(monkeypatch):
+    """Of few images a classifier of pixels has more to fear from chance than from a strong penalty."""
+    found = []
+    for decays in (classes.DECAYS, classes.DECAYS[:1]):
+        monkeypatch.setattr(classes, "DECAYS", decays)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(196, 10))
+        found.append(accuracy_percent(synthesize(network, *images(300), seed=0)))
+    assert found[0] > found[1] + 1
 
 
 def test_a_frozen_backbone_gets_the_ridge_regression_of_its_features(monkeypatch):

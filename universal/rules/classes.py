@@ -12,7 +12,9 @@ from universal.rules.moments import Moments, Regression, Solved
 SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression are multiplied by
 USUAL_SHARPNESS = 8
 ITERATIONS = 15
-DECAY = 1e-4  # half of what squares of weights of standardised features add to the cross-entropy
+DECAYS = (5e-5, 2e-4, 8e-4, 3e-3, 0.01, 0.04)  # half of what squares of weights add to the cross-entropy
+LEAST_GAIN = 1e-4  # of cross-entropy by a step
+LEAST_DEVIATION = 0.5  # of a feature, in units of all features' together: a rare one is not scaled up to be as strong
 LONGEST = 10.0  # step, where a curvature is next to nothing
 NONE = -1  # no fold
 
@@ -23,7 +25,7 @@ def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regre
     The logistic regression needs several passes, so it sees what is kept of the features, or else the sample.
     """
     sample = features.sample()
-    deviation = sample.features.std(0) + 1e-3 * sample.features.std() + 1e-12
+    deviation = sample.features.std(0) + LEAST_DEVIATION * sample.features.std() + 1e-12
     mean = sample.features.mean(0) * intercept
     moments = Moments()
     for x, labels, folds in features:
@@ -32,29 +34,32 @@ def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regre
     chunks, are_shares = features.in_memory(sample)
     held = sample.folds == HELD_OUT
     x, labels = (sample.features[held] - mean) / deviation, sample.labels[held]
-    sharpness, accuracy, fitted = USUAL_SHARPNESS, None, None
+    sharpness, accuracy, used = USUAL_SHARPNESS, None, None
     if len(labels):
         ridges = [Regression(*(sharpness * values for values in solved.regression)) for sharpness in SHARPNESSES]
         losses = [F.cross_entropy(regression(x), labels).item() for regression in ridges]
-        best = losses.index(min(losses))
-        sharpness, found = SHARPNESSES[best], ridges[best]
-        fitted = logistic(found, solved, chunks, are_shares, mean, deviation, intercept, HELD_OUT)
-        if F.cross_entropy(fitted(x), labels).item() < losses[best]:
-            found = fitted
-        else:
-            fitted = None
+        least = min(losses)
+        sharpness, found = SHARPNESSES[losses.index(least)], ridges[losses.index(least)]
+        start = found
+        for decay in DECAYS:  # of many images the first is the best
+            start = logistic(start, solved, chunks, are_shares, mean, deviation, intercept, HELD_OUT, decay)
+            loss = F.cross_entropy(start(x), labels).item()
+            if loss < least:
+                least, found, used = loss, start, decay
+            elif used is not None:
+                break
         accuracy = 100 * (found(x).argmax(1) == labels).double().mean().item()
     solved = moments.ridge_of_all(strength, intercept)
     found = Regression(*(sharpness * values for values in solved.regression))
-    if fitted is not None:
-        found = logistic(fitted, solved, chunks, are_shares, mean, deviation, intercept, NONE)
+    if used is not None:
+        found = logistic(found, solved, chunks, are_shares, mean, deviation, intercept, NONE, used)
     weight = found.weight / deviation[:, None]
     return Regression(weight, found.bias - mean @ weight), accuracy
 
 
 def logistic(
     start: Regression, solved: Solved, chunks: list[Chunk], are_shares: bool, mean: Tensor, deviation: Tensor,
-    intercept: bool, without: int,
+    intercept: bool, without: int, decay: float,
 ) -> Regression:  # fmt: skip
     """The logistic regression of the standardised features in `chunks`, from a `start`, without the images of a fold.
     If they `are_shares` of all, processes add up what they find.
@@ -78,7 +83,7 @@ def logistic(
 
     count = over_all(used.sum())
     parameters = torch.cat([start.weight, start.bias[None]])
-    decay = torch.full_like(parameters, 2 * DECAY)
+    decay = torch.full_like(parameters, 2 * decay)
     decay[-1] = 0
     logits = logits_of(parameters)
     direction = before = None
@@ -99,6 +104,9 @@ def logistic(
         change = logits_of(direction)
         spread = (shares * change.square()).sum(1) - (shares * change).sum(1).square()
         curvature = over_all((spread * used[:, 0]).sum()) / count + (decay * direction.square()).sum()
-        step = ((downhill * direction).sum() / curvature.clamp(min=1e-12)).clamp(max=LONGEST)
+        slope = (downhill * direction).sum()
+        step = (slope / curvature.clamp(min=1e-12)).clamp(max=LONGEST)
         parameters, logits = parameters + step * direction, logits + step * change
+        if step * slope < LEAST_GAIN:
+            break
     return Regression(parameters[:-1], parameters[-1])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from universal.reading.calls import Layer
 from universal.rules.activation import Activation
+from universal.rules.classes import LEAST_DEVIATION
 from universal.rules.features import Chunk
 from universal.rules.filters import first_axes
 from universal.rules.moments import Moments, Solved
@@ -111,7 +112,7 @@ def dense_layer(
     """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is
     `judging`."""
     activation, count = Activation(layer), layer.shape[0]
-    moments, deviation = Moments(), known.features.std(0) + 1e-3 * known.features.std() + 1e-12
+    moments, deviation = Moments(), known.features.std(0) + LEAST_DEVIATION * known.features.std() + 1e-12
     for part, is_judging in ((known, False), (judging, True)):
         one_hot = F.one_hot(part.labels, classes).to(deviation)
         moments.add(part.features / deviation, one_hot, torch.full_like(part.labels, is_judging, dtype=torch.bool))
@@ -234,7 +235,7 @@ def refitted(
         slope = activation.slope(before)
         curvature = (slope.T @ slope / len(slope)) * (outgoing @ outgoing.T) / 4
         curvature.diagonal().add_(DAMPING * curvature.diagonal().mean() + 1e-12)
-        change = torch.linalg.solve(curvature, ((errors @ outgoing.T) * slope).T).T
+        change = torch.cholesky_solve(((errors @ outgoing.T) * slope).T, torch.linalg.cholesky(curvature)).T
         turn = (solved.regress(rows, change - change.mean(0)) / deviation[:, None]).T
         shift = change.mean(0) - turn @ centre
         while step > 0.05:
