@@ -53,6 +53,11 @@ def of_images(inputs: Tensor, axis: int, count: int) -> Tensor:
     return inputs.reshape(count, -1, inputs.shape[-1])
 
 
+def in_fastest_order(images: Tensor) -> Tensor:
+    """Images in the order in memory in which convolutions and pooling are fast."""
+    return images.to(memory_format=torch.channels_last if images.dim() == 4 else torch.contiguous_format)
+
+
 class Chunk(NamedTuple):
     features: Tensor  # [n, features], float32
     labels: Tensor  # [n]
@@ -117,8 +122,7 @@ class Features:
 
     def of(self, images: Tensor) -> Tensor:
         """What reaches the layer of some images."""
-        layout = torch.channels_last if images.dim() == 4 else torch.contiguous_format  # in which pooling is fast
-        inputs = self.graph.inputs_of(self.layer, images.to(self.precision, memory_format=layout), self.cast)
+        inputs = self.graph.inputs_of(self.layer, in_fastest_order(images.to(self.precision)), self.cast)
         self.is_flat = inputs.dim() == 2
         return self.checked(features_of(self.layer, inputs, len(images)))
 

@@ -23,17 +23,18 @@ from universal.reading.graph import ComputationGraph
 from universal.rules.activation import Activation
 from universal.rules.classes import classifier
 from universal.rules.dense import dense_layer, thresholds
-from universal.rules.features import Chunk, Features, chunk_size, features_of, of_images
+from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order, of_images
 from universal.rules.filters import directions, into_stream, pooled_candidates, principal
 from universal.rules.selection import forward_selection
 
-FIRST = 1200  # images that all layers but dense ones are written from
+FIRST, FIRST_TO_CHOOSE = 600, 1200  # images that all but dense layers are written from; some by what the labels say
 MANY_GROUPS = 8
 PART = 100  # images whose responses to all candidates are looked at together
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
 ACTIVE = 0.6  # the share of the images at which a neuron is on
 FEWEST = 20  # images to choose by
+ENOUGH = 2**22  # activations for the statistics of a norm
 ROOM = 2**26  # elements that a layer gives of the images that are written from
 
 
@@ -108,9 +109,10 @@ class Writing:
         self.graph, self.data, self.own = graph, data, own
         self.written: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
-        self.first = min(FIRST, chunk_size(graph, data.shape, ROOM))
-        used = (data.sample.folds != HELD_OUT).nonzero()[: self.first, 0]
-        self.images, labels = data.sample.images[used], data.sample.labels[used]
+        chosen = any(layer.pooled for layer in graph.layers)
+        first = min(FIRST_TO_CHOOSE if chosen else FIRST, chunk_size(graph, data.shape, ROOM))
+        used = (data.sample.folds != HELD_OUT).nonzero()[:first, 0]
+        self.images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
         self.one_hot = F.one_hot(labels, len(data.present)).to(self.images)
         readers = [*graph.layers, *graph.norms, *graph.shifts]
         self.read = torch.cat([reader.channels.flatten() for reader in readers])  # numbers of neurons
@@ -132,7 +134,7 @@ class Writing:
             self.write_layer(operation, inputs)
         elif isinstance(operation, Norm) and operation.parts:
             means = self.means.of(operation.channels).to(inputs)
-            parameters, _ = written_norm(operation, inputs, means, self.own)
+            parameters, _ = written_norm(operation, self.some_of(inputs), means, self.own)
             for name, part in operation.parameters.items():
                 part.put(self.written, parameters[name], self.own)
         elif isinstance(operation, Shift) and operation.parts:
@@ -212,12 +214,16 @@ class Writing:
         self.means.add((rows.flatten(0, 1)[some] @ weight[kept].T + bias[kept]).mean(0).cpu())
         return weight[kept], bias[kept]
 
-    def parts(self, inputs: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Inputs of all first images in parts, and how many images these are."""
+    def parts(self, inputs: Tensor, images: int = PART) -> Iterator[tuple[Tensor, int]]:
+        """Inputs of all first images in parts of so many `images`, and how many these are."""
         axis = 0 if len(inputs) % len(self.images) == 0 else inputs.shape.index(len(self.images))
         size = inputs.shape[axis] // len(self.images)
-        for part in inputs.split(PART * size, axis):
+        for part in inputs.split(images * size, axis):
             yield part, part.shape[axis] // size
+
+    def some_of(self, inputs: Tensor) -> Tensor:
+        """Those of as many of the first images as statistics are taken from."""
+        return next(self.parts(inputs, max(PART, ENOUGH * len(self.images) // inputs.numel())))[0]
 
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and
