@@ -209,9 +209,11 @@ def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
     """The options of a training that goes on where it was killed (`run_to_end`)."""
-    count, file, state = number(int, 1, 10**8), output_file(".pth"), Path(checkpoint)
+    count, state, file = number(int, 1, 10**8), output_file(".pth"), output_file(out.suffix)
     parser.add_argument("--report-every", type=count, default=report_every, help="steps from report to report")
-    parser.add_argument("--checkpoint", type=file, default=state, help="state at the last report, deleted at the end")
+    parser.add_argument(
+        "--checkpoint", type=state, default=Path(checkpoint), help="state at the last report, deleted at the end"
+    )
     parser.add_argument("--out", type=file, default=out, help="file to write")
 
 

@@ -8,24 +8,24 @@ from torch import Tensor
 from universal.data.labelled import HELD_OUT
 from universal.rules.features import Chunk, Features
 from universal.rules.moments import Moments, Regression, Solved
+from universal.rules.numbers import Numbers
 
 SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression are multiplied by
 USUAL_SHARPNESS = 8
 ITERATIONS = 15
 DECAYS = (5e-5, 2e-4, 8e-4, 3e-3, 0.01, 0.04)  # half of what squares of weights add to the cross-entropy
 LEAST_GAIN = 1e-4  # of cross-entropy by a step
-LEAST_DEVIATION = 0.5  # of a feature, in units of all features' together: a rare one is not scaled up to be as strong
 LONGEST = 10.0  # step, where a curvature is next to nothing
 NONE = -1  # no fold
 
 
-def classifier(features: Features, classes: int, intercept: bool) -> tuple[Regression, float | None]:
+def classifier(features: Features, classes: int, intercept: bool, numbers: Numbers) -> tuple[Regression, float | None]:
     """What maps features to logits; and the accuracy in percent on the images held out of one that did not see them.
 
     The logistic regression needs several passes, so it sees what is kept of the features, or else the sample.
     """
     sample = features.sample()
-    deviation = sample.features.std(0) + LEAST_DEVIATION * sample.features.std() + 1e-12
+    deviation = sample.features.std(0) + numbers.deviation * sample.features.std() + 1e-12
     mean = sample.features.mean(0) * intercept
     moments = Moments()
     for x, labels, folds in features:

@@ -14,21 +14,16 @@ from torch import Tensor
 
 from universal.reading.calls import Layer
 from universal.rules.activation import Activation
-from universal.rules.classes import LEAST_DEVIATION
 from universal.rules.features import Chunk
 from universal.rules.filters import first_axes
 from universal.rules.moments import Moments, Solved
+from universal.rules.numbers import Numbers
 from universal.rules.selection import forward_selection
 
-SHARPNESS = 5.0  # of the membership of subclasses
-RANK = 60  # principal components in which subclasses are found
 TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, within bounds
-MOST_SUBCLASSES = 256
 AMONG = 8  # images of which the nearest makes a pair
-LEAST_SIDE = 0.28  # of a receptive field, as a share of the map's
 LEAST_SPREAD = 1e-3  # of responses, of what theirs were if the features were independent: below it is rounding
-LEAST_ON, MOST_ON = 0.3, 0.8  # of the images, a candidate's share
-ROUNDS, STRENGTH, DAMPING = 5, 3.0, 0.1  # of what each neuron should answer differently
+ROUNDS = 5  # of what each neuron should answer differently
 
 
 class Context(NamedTuple):
@@ -39,6 +34,7 @@ class Context(NamedTuple):
     labels: Tensor  # [n]
     members: Tensor  # [n, subclasses], how far each image is of each
     fitted: Tensor  # [classes + subclasses, features], ridge regressions onto the labels and these
+    numbers: Numbers
     generator: torch.Generator
 
     def draw(self, most: int, *shape: int) -> Tensor:
@@ -53,9 +49,9 @@ class Context(NamedTuple):
         grid = self.layer.grid
         if grid is None or len(grid) < 64:
             return 1.0
-        inside = torch.ones(count, len(grid), dtype=torch.bool)
+        least, inside = self.numbers.side, torch.ones(count, len(grid), dtype=torch.bool)
         for along in grid.T:
-            size = LEAST_SIDE + (1 - LEAST_SIDE) * torch.rand(count, 1, generator=self.generator)
+            size = least + (1 - least) * torch.rand(count, 1, generator=self.generator)
             first = (1 - size) * torch.rand(count, 1, generator=self.generator)
             inside &= (along >= first) & (along <= first + size)
         channels = self.layer.shape[1] // len(grid)
@@ -74,27 +70,30 @@ def opposites(context: Context, share: int) -> Tensor:
 
 def regressions_in_fields(context: Context, share: int) -> Tensor:
     """Those onto subclasses, as far as they lie in a receptive field."""
-    fields = context.fields(share)
+    count = round(context.numbers.fields * share)
+    fields = context.fields(count)
     if isinstance(fields, float):
         return context.fitted[:0]
     first = len(context.fitted) - context.members.shape[1]
-    return context.fitted[first + context.draw(context.members.shape[1], share)] * fields
+    return context.fitted[first + context.draw(context.members.shape[1], count)] * fields
 
 
 def mean_differences(context: Context, share: int) -> Tensor:
     """Differences between the means of two subclasses, in receptive fields."""
     means = context.members.T @ context.features / context.members.sum(0)[:, None].clamp(min=1e-3)
-    a, b = context.draw(len(means), 2, 2 * share)
-    return (means[a] - means[b]) * context.fields(2 * share)
+    count = round(context.numbers.means * share)
+    a, b = context.draw(len(means), 2, count)
+    return (means[a] - means[b]) * context.fields(count)
 
 
 def near_pairs(context: Context, share: int) -> Tensor:
     """Differences between an image and the nearest of a few of other classes, in receptive fields (pairs: SWIM, arXiv
     2306.16830)."""
     _, features, labels, *_ = context
-    first, others = context.draw(len(labels), 2 * share), context.draw(len(labels), AMONG, 2 * share)
-    fields, found = context.fields(2 * share), features.new_zeros(2 * share, features.shape[1])
-    nearest = features.new_full((2 * share,), torch.inf)
+    count = round(context.numbers.pairs * share)
+    first, others = context.draw(len(labels), count), context.draw(len(labels), AMONG, count)
+    fields, found = context.fields(count), features.new_zeros(count, features.shape[1])
+    nearest = features.new_full((count,), torch.inf)
     for other in others:
         difference = (features[first] - features[other]) * fields
         distance = difference.square().sum(1).masked_fill(labels[first] == labels[other], 1e30)
@@ -107,12 +106,13 @@ CANDIDATES = (regressions, opposites, regressions_in_fields, mean_differences, n
 
 
 def dense_layer(
-    layer: Layer, known: Chunk, judging: Chunk, classes: int, generator: torch.Generator
+    layer: Layer, known: Chunk, judging: Chunk, classes: int, numbers: Numbers, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is
     `judging`."""
     activation, count = Activation(layer), layer.shape[0]
-    moments, deviation = Moments(), known.features.std(0) + LEAST_DEVIATION * known.features.std() + 1e-12
+    moments = Moments()
+    deviation = known.features.std(0) + numbers.deviation * known.features.std() + 1e-12
     for part, is_judging in ((known, False), (judging, True)):
         one_hot = F.one_hot(part.labels, classes).to(deviation)
         moments.add(part.features / deviation, one_hot, torch.full_like(part.labels, is_judging, dtype=torch.bool))
@@ -120,44 +120,45 @@ def dense_layer(
     rows = known.features / deviation
     rows -= rows.mean(0)
     candidates = max(FEWEST, min(TIMES * count, MOST), 2 * count)
-    members = subclasses(
-        rows, known.labels, max(classes, min(candidates // 6, MOST_SUBCLASSES, len(rows) // 8)), classes, generator
-    )
+    most = min(candidates // 6, round(numbers.subclasses), len(rows) // 8)
+    members = subclasses(rows, known.labels, max(classes, most), classes, numbers, generator)
     targets = torch.cat([F.one_hot(known.labels, classes).to(rows), members], 1)
     fitted = (solved.regress(rows, targets - targets.mean(0)) / deviation[:, None]).T
-    context = Context(layer, known.features, known.labels, members, fitted, generator)
+    context = Context(layer, known.features, known.labels, members, fitted, numbers, generator)
     weight = torch.cat([rule(context, candidates // 6) for rule in CANDIDATES])
-    weight, bias = thresholds(weight, judging.features, activation, generator)
+    weight, bias = thresholds(weight, judging.features, activation, numbers, generator)
     wanted = F.one_hot(judging.labels, classes).to(weight)
     kept = forward_selection(activation(F.linear(judging.features, weight, bias)), wanted, count)
     kept = kept[torch.arange(count, device=kept.device) % len(kept)]
     return refitted(
-        weight[kept], bias[kept], activation, moments.fitted.solver(True)(STRENGTH), known, judging, deviation, classes
-    )
+        weight[kept], bias[kept], activation, moments.fitted.solver(True)(numbers.strength), known, judging, deviation,
+        classes, numbers.damping,
+    )  # fmt: skip
 
 
 def thresholds(
-    weight: Tensor, features: Tensor, activation: Activation, generator: torch.Generator
+    weight: Tensor, features: Tensor, activation: Activation, numbers: Numbers, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weight scaled to responses of deviation 1, and biases by which different shares of the images are on."""
     responses = features[:512] @ weight.T
     apart = (weight.square() @ features[:512].var(0)).sqrt()  # the deviation if the features were independent
     scale = responses.std(0) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
-    least, most = (0.5, 0.5) if activation.is_linear else (LEAST_ON, MOST_ON)
+    least, most = (0.5, 0.5) if activation.is_linear else (numbers.least_on, numbers.most_on)
     on = least + (most - least) * torch.rand(len(weight), generator=generator).to(weight)
     quantile = math.sqrt(2) * torch.erfinv(1 - 2 * on)  # of a normal distribution, which sums of many features are near
     return weight / scale[:, None], -responses.mean(0) / scale - quantile
 
 
 def subclasses(
-    rows: Tensor, labels: Tensor, count: int, classes: int, generator: torch.Generator, rounds: int = 6
+    rows: Tensor, labels: Tensor, count: int, classes: int, numbers: Numbers, generator: torch.Generator,
+    rounds: int = 6,
 ) -> Tensor:  # fmt: skip
     """Soft membership [n, count] of centred rows in clusters of their own class, found in whitened principal
     components.
 
     A regression onto labels alone spans only classes - 1 directions, whatever the width.
     """
-    axes, variances = first_axes(rows[:2000], RANK)
+    axes, variances = first_axes(rows[:2000], round(numbers.rank))
     points = rows @ (axes / (variances.sqrt() + 1e-6))
     members, at = rows.new_zeros(len(rows), count), 0
     for label in range(classes):
@@ -167,7 +168,7 @@ def subclasses(
             centres = k_means(points[own], share, generator, rounds)
             distance = torch.cdist(points[own], centres)
             distance = distance / (distance.min(1, keepdim=True).values + 1e-6)
-            members[own, at : at + share] = (-SHARPNESS * distance).softmax(1)
+            members[own, at : at + share] = (-numbers.sharpness * distance).softmax(1)
         at += share
     return members
 
@@ -209,7 +210,7 @@ class ReadOut:
 
 def refitted(
     weight: Tensor, bias: Tensor, activation: Activation, solved: Solved, known: Chunk, judging: Chunk,
-    deviation: Tensor, classes: int,
+    deviation: Tensor, classes: int, damping: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Neurons moved by ridge regression onto what each should answer differently, given a read-out of them all.
 
@@ -234,7 +235,7 @@ def refitted(
         loss, weight, bias, before, (outgoing, offset, errors) = now
         slope = activation.slope(before)
         curvature = (slope.T @ slope / len(slope)) * (outgoing @ outgoing.T) / 4
-        curvature.diagonal().add_(DAMPING * curvature.diagonal().mean() + 1e-12)
+        curvature.diagonal().add_(damping * curvature.diagonal().mean() + 1e-12)
         change = torch.cholesky_solve(((errors @ outgoing.T) * slope).T, torch.linalg.cholesky(curvature)).T
         turn = (solved.regress(rows, change - change.mean(0)) / deviation[:, None]).T
         shift = change.mean(0) - turn @ centre

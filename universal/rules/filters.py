@@ -4,15 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WHITENING = 0.1  # what is added to the variance of each principal direction, in units of the mean variance
+from universal.rules.numbers import Numbers
+
 ROUNDS = 6  # of k-means
 EXACT = 600  # features of which all principal directions are computed
 CANDIDATES = 3  # for each neuron of which some are chosen
 
 
-def principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
+def principal(rows: Tensor, most: int, whitening: float) -> tuple[Tensor, Tensor]:
     """Principal directions of rows [n, features], the largest first and `most` at most, [directions, features]; and
-    what whitens along each.
+    what whitens along each, with `whitening` times the mean variance added.
     """
     centred = rows - rows.mean(0)
     features = rows.shape[1]
@@ -23,7 +24,7 @@ def principal(rows: Tensor, most: int) -> tuple[Tensor, Tensor]:
         vectors, variances = first_axes(centred[: EXACT * 4], most)
     vectors = vectors * (centred[: EXACT * 4] @ vectors).pow(3).sum(0).sign()  # else it is any of two
     mean = centred.square().sum() / len(centred) / features
-    return vectors.T[:most], (variances[:most] + WHITENING * mean + 1e-12).rsqrt()
+    return vectors.T[:most], (variances[:most] + whitening * mean + 1e-12).rsqrt()
 
 
 def first_axes(centred: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -41,15 +42,18 @@ def first_axes(centred: Tensor, most: int) -> tuple[Tensor, Tensor]:
     return basis @ turns.T, sizes.square() / len(centred)
 
 
-def directions(rows: Tensor, count: int, both_signs: bool, generator: torch.Generator) -> Tensor:
+def directions(
+    rows: Tensor, count: int, both_signs: bool, numbers: Numbers, generator: torch.Generator
+) -> Tensor:  # fmt: skip
     """So many directions [count, features] of rows: principal ones, whitened, the largest first, each with both signs
     if these say different things; and the rest by spherical k-means.
 
     None from the classes' means, which are noise in pictures where the classes are not in one place.
     """
-    vectors, inverse_root = principal(rows, max(count // (1 + both_signs), min(rows.shape[1], EXACT)))
+    most = max(round(count * (1 - numbers.clusters)) // (1 + both_signs), 1)
+    vectors, inverse_root = principal(rows, max(most, min(rows.shape[1], EXACT)), numbers.whitening)
     white = vectors * inverse_root[:, None]
-    found = white[: max(count // (1 + both_signs), 1)]
+    found = white[:most]
     found = torch.cat([found, -found])[:count] if both_signs else found
     if len(found) < count:
         centres = spherical_k_means((rows - rows.mean(0)) @ white.T, count - len(found), generator)
@@ -81,24 +85,27 @@ def label_directions(means: Tensor, one_hot: Tensor, strength: float) -> Tensor:
     return torch.linalg.solve(gram, x.T @ y).T
 
 
-def pooled_candidates(rows: Tensor, means: Tensor, one_hot: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def pooled_candidates(
+    rows: Tensor, means: Tensor, one_hot: Tensor, count: int, numbers: Numbers, generator: torch.Generator
+) -> Tensor:  # fmt: skip
     """Directions of which to choose before maps or tokens are averaged: of the rows, and of the labels and random
     mixtures of these."""
-    classes = label_directions(means, one_hot, 0.3)
+    classes = label_directions(means, one_hot, numbers.label_ridge)
     mixed = torch.randn(count, len(classes), generator=generator).to(classes) @ classes
     guided = F.normalize(torch.cat([classes, mixed]), dim=1)
-    return torch.cat([directions(rows, CANDIDATES * count, True, generator), guided, -guided])
+    return torch.cat([directions(rows, CANDIDATES * count, True, numbers, generator), guided, -guided])
 
 
 def into_stream(
-    rows: Tensor, means: Tensor, one_hot: Tensor, count: int, generator: torch.Generator
+    rows: Tensor, means: Tensor, one_hot: Tensor, count: int, numbers: Numbers, generator: torch.Generator
 ) -> Tensor:  # fmt: skip
-    """What a block adds to its tokens: what the mean token says of the labels, and principal directions half as large,
-    all turned at random, so that a norm over the channels leaves none out."""
-    guided = label_directions(means, one_hot, 0.1)[:count]
-    parts = [(guided, 1.0), (principal(rows, count - len(guided))[0], 0.5)]
+    """What a block adds to its tokens: what the mean token says of the labels, and principal directions, smaller, all
+    turned at random, so that a norm over the channels leaves none out."""
+    guided = label_directions(means, one_hot, numbers.label_ridge)[:count]
+    parts = [(guided, 1.0), (principal(rows, count - len(guided), numbers.whitening)[0], numbers.stream)]
     centred = means - means.mean(0)
-    basis = torch.cat([size * part / ((centred @ part.T).std(0)[:, None] + 1e-6) for part, size in parts])
+    parts = [(part, size / ((centred @ part.T).std(0)[:, None] + 1e-6)) for part, size in parts if len(part)]
+    basis = torch.cat([size * part for part, size in parts])
     turn = torch.linalg.qr(torch.randn(count, count, generator=generator))[0][:, : len(basis)].to(basis)
     weight = turn @ basis
     return weight / (((rows - rows.mean(0)) @ weight.T).std() + 1e-6)

@@ -4,6 +4,7 @@ The module runs on a few hundred images, and each layer is written where it is f
 and the labels. A dense layer is a regression of all images, for which the module runs up to that layer on them.
 """
 
+import math
 import time
 import warnings
 from collections import ChainMap
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages
+from universal.model.looking import DoubtfulWeights
 from universal.model.sizes import bounded
 from universal.model.synthesizer import random_weights
 from universal.model.writing import NeuronRows, written_norm
@@ -25,6 +27,7 @@ from universal.rules.classes import classifier
 from universal.rules.dense import dense_layer, thresholds
 from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order, of_images
 from universal.rules.filters import directions, into_stream, pooled_candidates, principal
+from universal.rules.numbers import Coefficients, Numbers, load_coefficients, numbers_of
 from universal.rules.selection import forward_selection
 
 FIRST, FIRST_TO_CHOOSE = 600, 1200  # images that all but dense layers are written from; some by what the labels say
@@ -32,7 +35,6 @@ MANY_GROUPS = 8
 PART = 100  # images whose responses to all candidates are looked at together
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
-ACTIVE = 0.6  # the share of the images at which a neuron is on
 FEWEST = 20  # images to choose by
 ENOUGH = 2**22  # activations for the statistics of a norm
 ROOM = 2**26  # elements that a layer gives of the images that are written from
@@ -69,14 +71,17 @@ def synthesize(
 
 @torch.no_grad()
 def write(
-    module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES
+    module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES,
+    coefficients: Coefficients | None = None,
 ) -> Accounts:  # fmt: skip
     """Write the weights of `module` in place for labelled images, in closed form; what came of it.
 
     `images` are a tensor as the module takes them, with `labels` [N], or a Dataset or DataLoader of pairs; of more than
     `limit`, so many are used. What is random comes from the random init that the module has, or with `seed` from a
-    fresh one. Parameters with `requires_grad=False` are kept. Raises ValueError, in one line, for images, labels or
-    modules that do not go together or cannot be read; then nothing is changed.
+    fresh one. The numbers that the rules have come from `coefficients`, those of the file numbers.json unless given.
+    Parameters with `requires_grad=False` are kept. Warns of what is no better than chance (DoubtfulWeights). Raises
+    ValueError, in one line, for images, labels or modules that do not go together or cannot be read; then nothing is
+    changed.
     """
     start = time.perf_counter()
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
@@ -84,10 +89,12 @@ def write(
     graph = ComputationGraph(module, data.sample.images[:2].cpu())
     if max(data.present) >= graph.classes:
         raise ValueError(
-            f"a label is {max(data.present)}, but {type(graph.module).__name__} has {graph.classes} outputs"
+            f"a label is {max(data.present)}, but {type(graph.module).__name__} has {graph.classes} output"
+            + "s" * (graph.classes > 1)
         )
     own = graph.weights() | ({} if seed is None else random_weights(graph, seed))
-    writing = Writing(graph, data, {name: tensor.to(device) for name, tensor in own.items()})
+    coefficients = load_coefficients() if coefficients is None else coefficients
+    writing = Writing(graph, data, {name: tensor.to(device) for name, tensor in own.items()}, coefficients)
     written = writing.write()
     state = graph.state()
     broken = next((name for name, tensor in written.items() if not tensor.isfinite().all()), None)
@@ -95,6 +102,7 @@ def write(
         raise ValueError(f"{broken}: cannot be written: the network makes NaN or infinite values of the images")
     for name in graph.written:
         state[name].copy_(written.get(name, torch.ones(())))  # of batches, a norm has seen one
+    warn_of_chance(writing.held_out_percent, data.sample.labels[data.sample.folds == HELD_OUT])
     missing = sorted({*range(graph.classes)} - {*data.present})
     return Accounts(
         graph.with_tied(graph.written), graph.with_tied(graph.left), graph.count, data.count, missing,
@@ -102,11 +110,25 @@ def write(
     )  # fmt: skip
 
 
+def warn_of_chance(held_out_percent: float | None, labels: Tensor) -> None:
+    """Warn where a network does no better on images held out than to say what most of them are."""
+    if held_out_percent is None:
+        return
+    guessed = 100 * labels.bincount().max().item() / len(labels)
+    if held_out_percent <= guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels)):
+        warnings.warn(
+            f"{held_out_percent:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent "
+            "class is always said: do not rely on these weights", DoubtfulWeights, stacklevel=3,
+        )  # fmt: skip
+
+
 class Writing:
     """The one pass in which everything is written: `written`, by name."""
 
-    def __init__(self, graph: ComputationGraph, data: LabelledImages, own: dict[str, Tensor]):
-        self.graph, self.data, self.own = graph, data, own
+    def __init__(
+        self, graph: ComputationGraph, data: LabelledImages, own: dict[str, Tensor], coefficients: Coefficients
+    ):  # fmt: skip
+        self.graph, self.data, self.own, self.coefficients = graph, data, own, coefficients
         self.written: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
         chosen = any(layer.pooled for layer in graph.layers)
@@ -142,6 +164,13 @@ class Writing:
             operation.part.put(self.written, operation.parameter(values.to(inputs)), self.own)
         return operation.of(self.weights, inputs)
 
+    def numbers(self, layer: Layer) -> Numbers:
+        """The numbers of the rules for a layer."""
+        return self.numbers_at(layer.index / max(len(self.graph.layers) - 1, 1))
+
+    def numbers_at(self, depth: float) -> Numbers:
+        return numbers_of(self.coefficients, self.data.count, depth)
+
     @property
     def weights(self) -> ChainMap:
         return ChainMap(self.written, self.own)
@@ -152,7 +181,8 @@ class Writing:
             return torch.zeros(shift.shape)
         random = torch.randn(shift.shape, generator=self.generator)
         spread = inputs.movedim(shift.axis, -1).flatten(0, -2).abs().mean(0)  # by which channels are told apart
-        return inputs.std().cpu() * random.index_select(shift.axis, spread.argsort().argsort().cpu())
+        size = inputs.std().cpu() * self.numbers_at(0.0).places
+        return size * random.index_select(shift.axis, spread.argsort().argsort().cpu())
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> None:
         read = features_of(layer, inputs, len(self.images))
@@ -184,7 +214,7 @@ class Writing:
         rows = rows.flatten(1, 2)[:, some]
         weight = torch.stack([self.of_group(layer, group, values) for group, values in enumerate(rows)])
         responses = torch.einsum("gnf,gcf->ngc", rows, weight).flatten(1)
-        scale, threshold, mean = to_scale(layer, responses)
+        scale, threshold, mean = to_scale(layer, responses, self.numbers(layer).active)
         order = own_order(layer, self.own)
         self.means.add(mean[order].cpu())
         return weight.flatten(0, 1).div(scale[:, None])[order], (-threshold / scale)[order]
@@ -193,25 +223,26 @@ class Writing:
         """Directions for the neurons of a group."""
         count = layer.shape[0] // layer.groups
         if layer.groups > MANY_GROUPS:  # depthwise: a principal direction of the channel
-            vectors, inverse_root = principal(rows, 4)
+            vectors, inverse_root = principal(rows, 4, self.numbers(layer).whitening)
             chosen = [(group + i) % len(vectors) for i in range(count)]
             return (vectors * inverse_root[:, None])[chosen]
-        return directions(rows, count, not Activation(layer).is_odd, self.generator)
+        return directions(rows, count, not Activation(layer).is_odd, self.numbers(layer), self.generator)
 
     def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates,
         those whose means say most of the labels."""
-        activation, count = Activation(layer), layer.shape[0]
+        activation, count, numbers = Activation(layer), layer.shape[0], self.numbers(layer)
         some = torch.randperm(rows.shape[0] * rows.shape[1], generator=self.generator)[:MOST_ROWS].to(rows.device)
-        weight = pooled_candidates(rows.flatten(0, 1)[some], rows.mean(1), self.one_hot, count, self.generator)
-        weight, bias = thresholds(weight, rows.flatten(0, 1)[some], activation, self.generator)
+        some = rows.flatten(0, 1)[some]
+        weight = pooled_candidates(some, rows.mean(1), self.one_hot, count, numbers, self.generator)
+        weight, bias = thresholds(weight, some, activation, numbers, self.generator)
         pooled = torch.cat([
             of_images(activation(layer(part, weight.view(-1, *layer.shape[1:]), bias)), layer.axis, images).mean(1)
             for part, images in self.parts(inputs)
         ])  # fmt: skip
         kept = forward_selection(pooled, self.one_hot, count)
         kept = kept[torch.arange(count, device=kept.device) % len(kept)][own_order(layer, self.own)]
-        self.means.add((rows.flatten(0, 1)[some] @ weight[kept].T + bias[kept]).mean(0).cpu())
+        self.means.add((some @ weight[kept].T + bias[kept]).mean(0).cpu())
         return weight[kept], bias[kept]
 
     def parts(self, inputs: Tensor, images: int = PART) -> Iterator[tuple[Tensor, int]]:
@@ -228,22 +259,23 @@ class Writing:
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and
         which are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
-        numbers = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
-        compared = ~torch.isin(numbers, torch.cat([self.read, self.summed]))
-        tokens = rows.flatten(0, 1)
-        vectors, inverse_root = principal(tokens, layer.shape[0])
+        neurons = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
+        compared = ~torch.isin(neurons, torch.cat([self.read, self.summed]))
+        tokens, numbers = rows.flatten(0, 1), self.numbers(layer)
+        vectors, inverse_root = principal(tokens, layer.shape[0], numbers.whitening)
         weight = rows.new_zeros(layer.shape[0], rows.shape[2])
         count = int(compared.sum())
         size = count // 2 if count < layer.shape[0] else count  # queries and keys in one layer, or each in its own
         if count:
             generator = torch.Generator().manual_seed(0)  # the same for queries and keys: which head compares what
             dealt = torch.randperm(max(size, len(vectors)), generator=generator)[:size].to(rows.device) % len(vectors)
-            weight[compared] = (vectors * inverse_root[:, None])[dealt].repeat(-(-count // max(size, 1)), 1)[:count]
+            white = numbers.attention * vectors * inverse_root[:, None]
+            weight[compared] = white[dealt].repeat(-(-count // max(size, 1)), 1)[:count]
         others = int((~compared).sum())
-        if others and torch.isin(numbers, self.summed).any():
-            weight[~compared] = into_stream(tokens, rows.mean(1), self.one_hot, others, self.generator)
+        if others and torch.isin(neurons, self.summed).any():
+            weight[~compared] = into_stream(tokens, rows.mean(1), self.one_hot, others, numbers, self.generator)
         elif others:
-            weight[~compared] = directions(tokens, others, False, self.generator)
+            weight[~compared] = directions(tokens, others, False, numbers, self.generator)
         weight[~compared] = weight[~compared][places_among(layer.weight.of(self.own)[~compared])]
         bias = -weight @ tokens.mean(0)
         self.means.add(torch.zeros(layer.shape[0]))
@@ -255,7 +287,9 @@ class Writing:
         """Weight and bias of a hidden dense layer."""
         sample = features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
-        weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.generator)
+        weight, bias = dense_layer(
+            layer, known, judging, len(self.data.present), self.numbers(layer), self.generator
+        )  # fmt: skip
         order = own_order(layer, self.own)
         weight, bias = weight[order], bias[order]
         self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
@@ -264,7 +298,7 @@ class Writing:
     def of_classes(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
         """Weight and bias of the last layer."""
         intercept = layer.bias is not None and not layer.bias.frozen
-        regression, self.held_out_percent = classifier(features, len(self.data.present), intercept)
+        regression, self.held_out_percent = classifier(features, len(self.data.present), intercept, self.numbers(layer))
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
@@ -300,15 +334,16 @@ def places_among(weights: Tensor) -> Tensor:
     return weights.flatten(1).double().sum(1).argsort().argsort()
 
 
-def to_scale(layer: Layer, responses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What divides neurons, and is taken off before, so that they are ACTIVE and of deviation 1; their means then.
+def to_scale(layer: Layer, responses: Tensor, active: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What divides neurons, and is taken off before, so that they are on at a share of the images, `active`, and of
+    deviation 1; their means then.
 
     `responses` [n, neurons] are those without a bias.
     """
     is_odd = Activation(layer).is_odd
     some = responses[: 2**22 // responses.shape[1]]
     # Where most responses are of one value, such as that of an empty background, a quantile may be their largest.
-    threshold = torch.quantile(some, 0.5 if is_odd else 1 - ACTIVE, dim=0)
+    threshold = torch.quantile(some, 0.5 if is_odd else 1 - active, dim=0)
     threshold = threshold.clamp(some.mean(0) - some.std(0), some.mean(0))
     after = some if is_odd else F.relu(some - threshold)
     scale = after.std(0) + 1e-5
