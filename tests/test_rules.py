@@ -21,6 +21,7 @@ from target_cnn import load_mnist
 from universal import Accounts, synthesize, write
 from universal.data import labelled
 from universal.experiment.verdict import mean_pairwise_overlap
+from universal.model.looking import DoubtfulWeights
 from universal.reading.graph import ComputationGraph
 from universal.rules import classes, features, synthesis
 from universal.rules.moments import STRENGTHS, Regression, Sums
@@ -544,6 +545,17 @@ def test_features_that_are_not_all_kept_give_the_same(monkeypatch):
     kept = synthesize(made("convolutions"), *images(), seed=0)
     monkeypatch.setattr(features, "CACHE", 100 * 200)  # the first of four chunks
     assert_same(kept, synthesize(made("convolutions"), *images(), seed=0), atol=1e-4, rtol=1e-3)
+
+
+# ---- doubts ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_better_than_chance_gives_a_warning_and_what_is_better_none(recwarn):
+    inputs, labels = images(count=400)
+    write(made("convolutions"), inputs, labels, seed=0)
+    assert not recwarn.list
+    with pytest.warns(DoubtfulWeights, match="held out are right"):
+        write(made("convolutions"), inputs, labels[torch.randperm(400)], seed=0)
 
 
 # ---- a linear probe --------------------------------------------------------------------------------------------------

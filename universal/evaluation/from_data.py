@@ -23,6 +23,7 @@ from universal.data.images import load_images
 from universal.evaluation.baselines import FIRST_STEPS, HELD_OUT, RATES, built
 from universal.evaluation.clock import BATCH, Point, Training
 from universal.evaluation.networks import EVALUATED
+from universal.experiment.verdict import mean_pairwise_overlap
 from universal.mnist import CLASSES, IMAGE_SIDE
 from universal.reading.graph import in_fastest_layout
 from universal.rules.synthesis import write
@@ -160,6 +161,7 @@ def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Seque
     return {
         "network": name, "images": len(train.labels), "written": written, "seconds": median(seconds),
         "left": accounts.left, "on_the_way": goal, "adam": adam,
+        "error_overlap": mean_pairwise_overlap([each.wrong for each in scores]),
         "nulls": {
             "random_features": last_layer_alone(build, train, data, seeds[0]),
             "pixels": last_layer_alone(EVALUATED["linear classifier 784-10"], train, data, seeds[0]),
@@ -199,6 +201,8 @@ def table_of(rows: Sequence[dict]) -> str:
         "first_steps_from_written": f"{FIRST_STEPS} Steps, Written",
     }  # fmt: skip
     columns |= {title: [in_percent(each[key]) for each in adam] for key, title in more.items() if key in adam[0]}
+    if rows[0]["error_overlap"] is not None:
+        columns["Error Overlap"] = [f"{row['error_overlap']:.2f}" for row in rows]
     for key, title in {"random_features": "Random Features (%)", "pixels": "Pixels (%)", "init": "Init (%)"}.items():
         columns[title] = [f"{row['nulls'][key]:.2f}" for row in rows]
     return table(list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)])

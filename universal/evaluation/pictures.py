@@ -96,6 +96,16 @@ def draw_race(panel: "Axes", row: dict, colour: str) -> None:
     panel.plot(row["seconds"], row["on_the_way"], "o", color=colour, markersize=5, label=f"written, {images}")
 
 
+def show_seconds(panel: "Axes") -> None:
+    """Seconds on a scale of logarithms, as people write them."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
 def plot_comparison(found: Comparison, name: str, path: Path) -> None:
     """Save accuracy over seconds of a written network and of Adam at each rate."""
     figure = new_figure(8, 5)
@@ -104,7 +114,7 @@ def plot_comparison(found: Comparison, name: str, path: Path) -> None:
         panel.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=f"Adam, rate {lr:g}")
     panel.plot(*found.written, "*", color=COLOURS["written"], markersize=16, zorder=3, label="written")
     panel.axhline(found.written.accuracy_percent, color=COLOURS["written"], alpha=0.4, lw=1)
-    panel.set_xscale("log")
+    show_seconds(panel)
     panel.set_xlabel("seconds of writing, or of training")
     panel.set_ylabel("accuracy (%)")
     panel.set_title(name)
