@@ -25,6 +25,7 @@ from universal.model.looking import DoubtfulWeights
 from universal.reading.graph import ComputationGraph
 from universal.rules import classes, features, synthesis
 from universal.rules.moments import STRENGTHS, Regression, Sums
+from universal.rules.numbers import Numbers
 
 SIDE, COUNT = 14, 400
 
@@ -581,7 +582,7 @@ def probed(network: nn.Module, count: int) -> tuple[Tensor, Tensor]:
     assert all(torch.equal(network.state_dict()[key], before[key]) for key in accounts.left)
     with torch.no_grad():
         rows = network.eval()[0](images(count=count)[0])
-        deviation = rows.std(0) + classes.LEAST_DEVIATION * rows.std()
+        deviation = rows.std(0) + Numbers().deviation * rows.std()
         return ((rows - rows.mean(0)) / deviation).double(), network[1](rows).double()
 
 

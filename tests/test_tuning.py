@@ -119,10 +119,11 @@ def test_every_number_changes_what_some_network_gets(name):
     blocks = [nn.TransformerEncoderLayer(32, 2, 32, 0.0, batch_first=True)]
     transformer = FlatTokens((1, 28, 28), 7, 32, blocks, classes=10, places=True, class_token=False, norm=False)
     for network in [transformer] if name in ("places", "attention", "stream") else [convolutions, dense]:
-        for coefficients in ({}, {name: [-3.0]}):
+        for coefficients in ({}, {name: [-3.0]}, {name: [3.0]}):
             write(network, images, labels, seed=0, coefficients=coefficients)
             found.append(torch.cat([tensor.flatten() for tensor in network.state_dict().values()]))
-    assert any(not torch.allclose(a, b) for a, b in zip(found[::2], found[1::2], strict=True))
+    usual, less, more = found[::3], found[1::3], found[2::3]
+    assert any(not torch.allclose(a, b) for a, b in zip(usual * 2, less + more, strict=True))
 
 
 # ---- the search ------------------------------------------------------------------------------------------------------

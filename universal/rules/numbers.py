@@ -18,12 +18,12 @@ class Numbers(NamedTuple):
     """Those of a layer. The defaults were set by hand; RANGES has the bounds of what is searched."""
 
     whitening: float = 0.1  # what is added to the variance of a principal direction, in units of the mean variance
-    clusters: float = 0.05  # the share of a convolution's neurons that are centres of k-means at least
+    clusters: float = 0.011  # the share of a convolution's neurons that are centres of k-means at least
     active: float = 0.6  # the share of the images at which a neuron of a convolution is on
     places: float = 1.0  # the size of what tells tokens their places, in units of the tokens
     attention: float = 1.0  # the size of queries and keys, in units of whitened ones
     stream: float = 0.5  # the size of principal directions in what a block adds, beside what the labels say
-    label_ridge: float = 0.2  # of regressions from means over places onto labels
+    label_ridge: float = 0.3  # of regressions from means over places onto labels
     deviation: float = 0.5  # what is added to a feature's, of all features' together: a rare one is not made strong
     rank: float = 20  # principal components in which subclasses are found
     sharpness: float = 5.0  # of the membership of subclasses
