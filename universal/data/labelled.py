@@ -216,6 +216,11 @@ def joined(parts: list[Keyed]) -> Keyed:
     return parts[0] if len(parts) == 1 else Keyed(*map(torch.cat, zip(*parts, strict=True)))
 
 
+def agreed(value: float) -> float:
+    """The value that the first of all processes has, so that rounding never lets them go different ways."""
+    return gathered(value)[0] if dist.is_initialized() else value
+
+
 def gathered(value) -> list:
     """What each process has, in their order. Tensors come on the CPU."""
     parts = [None] * dist.get_world_size()

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from universal.data.labelled import HELD_OUT
+from universal.data.labelled import HELD_OUT, agreed
 from universal.rules.features import Chunk, Features
 from universal.rules.moments import Moments, Regression, Solved
 from universal.rules.numbers import Numbers
@@ -13,8 +13,8 @@ from universal.rules.numbers import Numbers
 SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression are multiplied by
 USUAL_SHARPNESS = 8
 ITERATIONS = 15
-DECAYS = (5e-5, 2e-4, 8e-4, 3e-3, 0.01, 0.04)  # half of what squares of weights add to the cross-entropy
-LEAST_GAIN = 1e-4  # of cross-entropy by a step
+DECAYS = (5e-5, 2e-4, 8e-4, 3e-3, 0.01, 0.04)  # what squares of weights of scaled features add to the cross-entropy
+LEAST_GAIN = 5e-5  # of cross-entropy, that is expected of a step
 LONGEST = 10.0  # step, where a curvature is next to nothing
 NONE = -1  # no fold
 
@@ -43,7 +43,7 @@ def classifier(features: Features, classes: int, intercept: bool, numbers: Numbe
         start = found
         for decay in DECAYS:  # of many images the first is the best
             start = logistic(start, solved, chunks, are_shares, mean, deviation, intercept, HELD_OUT, decay)
-            loss = F.cross_entropy(start(x), labels).item()
+            loss = agreed(F.cross_entropy(start(x), labels).item())
             if loss < least:
                 least, found, used = loss, start, decay
             elif used is not None:
@@ -61,7 +61,7 @@ def logistic(
     start: Regression, solved: Solved, chunks: list[Chunk], are_shares: bool, mean: Tensor, deviation: Tensor,
     intercept: bool, without: int, decay: float,
 ) -> Regression:  # fmt: skip
-    """The logistic regression of the standardised features in `chunks`, from a `start`, without the images of a fold.
+    """The logistic regression of the features in `chunks`, from a `start`, without the images of a fold.
     If they `are_shares` of all, processes add up what they find.
 
     Conjugate gradients, preconditioned by the features' Gram matrix, which bounds the Hessian (Böhning 1992).
@@ -107,6 +107,6 @@ def logistic(
         slope = (downhill * direction).sum()
         step = (slope / curvature.clamp(min=1e-12)).clamp(max=LONGEST)
         parameters, logits = parameters + step * direction, logits + step * change
-        if step * slope < LEAST_GAIN:
+        if agreed((step * slope).item() / 2) < LEAST_GAIN:
             break
     return Regression(parameters[:-1], parameters[-1])

@@ -22,7 +22,8 @@ def principal(rows: Tensor, most: int, whitening: float) -> tuple[Tensor, Tensor
         variances, vectors = variances.flip(0).clamp(min=0).to(rows), vectors.flip(1).to(rows)
     else:  # of thousands, few are wanted
         vectors, variances = first_axes(centred[: EXACT * 4], most)
-    vectors = vectors * (centred[: EXACT * 4] @ vectors).pow(3).sum(0).sign()  # else it is any of two
+    skew = (centred[: EXACT * 4] @ vectors).pow(3).sum(0)
+    vectors = torch.where(skew < 0, -vectors, vectors)  # else it is any of two
     mean = centred.square().sum() / len(centred) / features
     return vectors.T[:most], (variances[:most] + whitening * mean + 1e-12).rsqrt()
 

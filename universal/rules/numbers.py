@@ -1,6 +1,6 @@
 """The numbers that the rules leave open, as functions of how many images there are and of how deep a layer lies.
 
-`python -m universal.rules.search` finds the coefficients in COEFFICIENTS by trial and error, on tasks and networks that
+`python -m universal.tune` finds the coefficients in COEFFICIENTS by trial and error, on tasks and networks that
 nobody evaluates; all of them 0 are the numbers that were set by hand.
 """
 
@@ -18,7 +18,7 @@ class Numbers(NamedTuple):
     """Those of a layer. The defaults were set by hand; RANGES has the bounds of what is searched."""
 
     whitening: float = 0.1  # what is added to the variance of a principal direction, in units of the mean variance
-    clusters: float = 0.011  # the share of a convolution's neurons that are centres of k-means at least
+    clusters: float = 0.011  # the share of directions that are centres of k-means, at least
     active: float = 0.6  # the share of the images at which a neuron of a convolution is on
     places: float = 1.0  # the size of what tells tokens their places, in units of the tokens
     attention: float = 1.0  # the size of queries and keys, in units of whitened ones
@@ -31,7 +31,7 @@ class Numbers(NamedTuple):
     side: float = 0.28  # the least of a receptive field, as a share of the map's
     least_on: float = 0.3  # of the images, a dense candidate's share, at least
     most_on: float = 0.8
-    fields: float = 1.0  # candidates of this kind, in units of those onto subclasses
+    fields: float = 1.0  # candidates of this kind, in sixths of all
     means: float = 2.0
     pairs: float = 2.0
     strength: float = 3.0  # of the ridge regression of what each neuron should answer differently

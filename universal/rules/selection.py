@@ -5,7 +5,7 @@ from torch import Tensor
 
 RIDGE = 1e-3  # below which what is new in a candidate is rounding
 ALIKE = 1e-4  # a share of the gain: of those within it the first is chosen, not the one that rounding says
-AT_A_TIME = 128  # above so many, more than one is chosen at a time
+ONE_BY_ONE = 128  # neurons; of more, several are chosen at a time
 LEAST = 1e-2  # deviation of a candidate, in units of the mean: below it is rounding, and not to be scaled up
 
 
@@ -29,10 +29,10 @@ def forward_selection(activations: Tensor, targets: Tensor, count: int) -> Tenso
         gain = left.square().sum(1) / variances.clamp(min=1e-9)
         gain = torch.where(variances < 2 * RIDGE, -variances.new_ones(()) / 2, gain).index_fill(0, chosen, -1)
         alike = (gain / (gain.max().abs() * ALIKE + 1e-30)).round()
-        step, size = len(chosen), min(1 + count // AT_A_TIME, count - len(chosen))
+        step, size = len(chosen), min(1 + count // ONE_BY_ONE, count - len(chosen))
         best = alike.sort(descending=True, stable=True).indices[:size]  # of equal ones the first
         rows = correlations[best] - factor[:step, best].T @ factor[:step]
-        root = torch.linalg.cholesky(rows[:, best] + 1e-6 * torch.eye(size).to(rows))
+        root = torch.linalg.cholesky(rows[:, best])
         factor[step : step + size] = new = torch.linalg.solve_triangular(root, rows, upper=False)
         left = left - new.T @ torch.linalg.solve_triangular(root, left[best], upper=False)
         variances = variances - new.square().sum(0)

@@ -95,7 +95,11 @@ def write(
     own = graph.weights() | ({} if seed is None else random_weights(graph, seed))
     coefficients = load_coefficients() if coefficients is None else coefficients
     writing = Writing(graph, data, {name: tensor.to(device) for name, tensor in own.items()}, coefficients)
-    written = writing.write()
+    try:
+        written = writing.write()
+    except torch.linalg.LinAlgError as error:
+        reason = "what reaches one of its layers is beyond the precision of its numbers"
+        raise ValueError(f"{type(graph.module).__name__}: cannot be written: {reason}") from error
     state = graph.state()
     broken = next((name for name, tensor in written.items() if not tensor.isfinite().all()), None)
     if broken is not None:
@@ -115,10 +119,11 @@ def warn_of_chance(held_out_percent: float | None, labels: Tensor) -> None:
     if held_out_percent is None:
         return
     guessed = 100 * labels.bincount().max().item() / len(labels)
-    if held_out_percent <= guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels)):
+    clearly_more = guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels))
+    if held_out_percent <= min(clearly_more, (guessed + 100) / 2):
         warnings.warn(
             f"{held_out_percent:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent "
-            "class is always said: do not rely on these weights", DoubtfulWeights, stacklevel=3,
+            "class is always said: do not rely on these weights", DoubtfulWeights, stacklevel=4,
         )  # fmt: skip
 
 
@@ -131,7 +136,7 @@ class Writing:
         self.graph, self.data, self.own, self.coefficients = graph, data, own, coefficients
         self.written: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
-        chosen = any(layer.pooled for layer in graph.layers)
+        chosen = any(layer.pooled or (layer.resolution > 1 and not layer.is_convolution) for layer in graph.layers)
         first = min(FIRST_TO_CHOOSE if chosen else FIRST, chunk_size(graph, data.shape, ROOM))
         used = (data.sample.folds != HELD_OUT).nonzero()[:first, 0]
         self.images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
@@ -254,6 +259,8 @@ class Writing:
 
     def some_of(self, inputs: Tensor) -> Tensor:
         """Those of as many of the first images as statistics are taken from."""
+        if inputs.numel() <= ENOUGH or len(self.images) not in inputs.shape:
+            return inputs
         return next(self.parts(inputs, max(PART, ENOUGH * len(self.images) // inputs.numel())))[0]
 
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 import argparse
 import math
 import random
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import warnings
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from target_cnn import score
+from universal.model.looking import DoubtfulWeights
 from universal.reinforce.search import CovarianceSearch
 from universal.rules.numbers import DEPENDENT, PROPERTIES, RANGES, Coefficients
 from universal.rules.synthesis import write
@@ -32,6 +34,7 @@ class Trial(NamedTuple):
 
     seed: str
     data: Path
+    device: torch.device
     held_out: bool  # whether of kinds that no search sees
 
     def draw(self) -> tuple[nn.Module, Task]:
@@ -40,25 +43,31 @@ class Trial(NamedTuple):
         task = draw_task(draw, count, SCORED, self.data, HELD_OUT_KINDS if self.held_out else KINDS)
         while True:
             network = draw_architecture(draw, tuple(task.train.images.shape[1:]), task.classes)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
+            with FlopCounterMode(display=False) as counter:  # without gradients it would not see into transformers
                 network.eval()(task.train.images[:2])
             if counter.get_total_flops() <= 4 * MOST_MULTIPLICATIONS:  # two a multiplication, two images
-                return network, task
+                return network.to(self.device), task.to(self.device)
 
 
 def try_all(trial: Trial, candidates: list[Coefficients]) -> list[float]:
     """The share of images that a network gets right when it is written with each of the coefficients; 0 where it cannot
     be written."""
-    torch.set_num_threads(1)
     network, task = trial.draw()
     found = []
     for coefficients in candidates:
         try:
-            write(network, *task.train, seed=0, coefficients=coefficients)
+            with warnings.catch_warnings(action="ignore", category=DoubtfulWeights):
+                write(network, *task.train, seed=0, coefficients=coefficients)
             found.append(score(network, task.test).accuracy_percent / 100)
         except ValueError:
             found.append(0.0)
     return found
+
+
+def start() -> None:
+    """What a process of the search does first."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search itself ends it
 
 
 def coefficients_of(vector: Tensor) -> Coefficients:
@@ -80,7 +89,7 @@ class NumberSearch:
         dimension = sum(map(coefficients, RANGES._fields))
         self.search = CovarianceSearch(dimension, options.candidates, options.deviation, options.seed)
         self.step, self.seconds = 0, 0.0
-        self.pool = ProcessPoolExecutor(options.processes, get_context("spawn"))
+        self.pool = get_context("spawn").Pool(options.processes, start)  # whose processes end with this one
 
     def run(self, until: int) -> None:
         while self.step < until:
@@ -94,9 +103,10 @@ class NumberSearch:
     ) -> list[list[float]]:  # fmt: skip
         """What each of so many networks gets right by each of the candidates, [networks, candidates]."""
         parts = [candidates[first : first + PART] for first in range(0, len(candidates), PART)]
-        trials = [Trial(f"{seed} {index}", self.options.data, held_out) for index in range(networks)]
+        options = self.options
+        trials = [Trial(f"{seed} {index}", options.data, options.device, held_out) for index in range(networks)]
         pairs = [(trial, part) for trial in trials for part in parts]
-        found = list(self.pool.map(try_all, *zip(*pairs, strict=True)))
+        found = self.pool.starmap(try_all, pairs, chunksize=1)
         return [list(chain(*found[first : first + len(parts)])) for first in range(0, len(found), len(parts))]
 
     @property

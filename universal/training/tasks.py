@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +25,14 @@ FONTS = {
     False: ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono"),
     True: ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
 }  # those that are held out are the second
+# Blocks of letters.
 SCRIPTS = (
     (0x21, 0x7E), (0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x531, 0x586), (0x10D0, 0x10FF), (0x5D0, 0x5EA),
     (0x1401, 0x1500), (0x2200, 0x22FF), (0x2190, 0x21FF),
 )  # fmt: skip
-HELD_OUT_SCRIPTS = ((0x21, 0x7E), (0x391, 0x3C9), (0x410, 0x44F), (0x2200, 0x22FF), (0x2190, 0x21FF))
+SCRIPTS_OF_HELD_OUT_FONTS = ((0x21, 0x7E), (0x391, 0x3C9), (0x410, 0x44F), (0x2200, 0x22FF), (0x2190, 0x21FF))
 GLYPH = 36  # pixels along a side of a glyph, before it is warped
+SIDES = (16, 32)  # of images, pixels
 LAST_DIGITS = 5000  # of MNIST's training images, that no task has
 LEAVES = 30  # in an image
 
@@ -41,6 +44,10 @@ class Task(NamedTuple):
     classes: int
     train: Dataset
     test: Dataset
+
+    def to(self, device: torch.device) -> "Task":
+        parts = (Dataset(*(values.to(device) for values in part)) for part in (self.train, self.test))
+        return Task(self.kind, self.classes, *parts)
 
 
 # ---- kinds: [N] labels below a number of classes -> images [N, 1 or 3, side, side] within [0, 1] ---------------------
@@ -64,7 +71,7 @@ def digits(draw: random.Random, labels: Tensor, classes: int, side: int, directo
         own = torch.cat([where[digit] for digit in order[label * size : (label + 1) * size]])
         mine = labels == label
         found[mine] = own[torch.randint(len(own), (int(mine.sum()),))]
-    return warped(draw, images[found], side, draw.random() * (draw.random() < 0.5))
+    return warped(images[found], side, draw.random() * (draw.random() < 0.5))
 
 
 @cache
@@ -85,12 +92,12 @@ def glyphs(
     """Letters of one script in several fonts, distorted."""
     fonts, found = FONTS[held_out], []
     while len(found) < classes:
-        first, last = draw.choice(HELD_OUT_SCRIPTS if held_out else SCRIPTS)
+        first, last = draw.choice(SCRIPTS_OF_HELD_OUT_FONTS if held_out else SCRIPTS)
         codes = draw.sample(range(first, last + 1), last + 1 - first)
         letters = (([picture for font in fonts if (picture := glyph(font, code)) is not None]) for code in codes)
-        found = [pictures for pictures in letters if pictures][:classes]
+        found = list(islice(filter(None, letters), classes))
     images = torch.stack([draw.choice(found[label]) for label in labels.tolist()])
-    return warped(draw, images, side, draw.random())
+    return warped(images, side, draw.random())
 
 
 def held_out_glyphs(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
@@ -184,7 +191,7 @@ def grid(side: int) -> tuple[Tensor, Tensor]:
     return torch.meshgrid(along, along, indexing="ij")
 
 
-def warped(draw: random.Random, images: Tensor, side: int, amount: float) -> Tensor:
+def warped(images: Tensor, side: int, amount: float) -> Tensor:
     """Images turned, scaled, sheared and moved, each its own way, and brought to a size."""
     n = len(images)
     turn, shear = (amount * size * (2 * torch.rand(n) - 1) for size in (0.5, 0.4))
@@ -220,8 +227,7 @@ def dressed(draw: random.Random, images: Tensor) -> Tensor:
 
 
 def draw_task(
-    draw: random.Random, count: int, held_out: int, directory: Path, kinds: dict[str, tuple[float, Kind]] = KINDS,
-    sides: tuple[int, int] = (16, 32),
+    draw: random.Random, count: int, held_out: int, directory: Path, kinds: dict[str, tuple[float, Kind]] = KINDS
 ) -> Task:  # fmt: skip
     """A random data set of `count` images and so many `held_out`.
 
@@ -231,7 +237,7 @@ def draw_task(
     shares, makers = zip(*kinds.values(), strict=True)
     ((name, make),) = draw.choices(list(zip(kinds, makers, strict=True)), shares)
     classes = 10 if draw.random() < 0.4 else draw.randint(2, 10 if name == "digits" else 20)
-    side = 28 if draw.random() < 0.4 else 4 * draw.randint(sides[0] // 4, sides[1] // 4)
+    side = 28 if draw.random() < 0.4 else 4 * draw.randint(SIDES[0] // 4, SIDES[1] // 4)
     balance = torch.ones(classes) if draw.random() < 0.7 else 0.3 + torch.rand(classes)
     labels = torch.multinomial(balance, count + held_out, replacement=True)
     labels[:classes] = torch.arange(classes)
