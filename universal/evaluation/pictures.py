@@ -75,7 +75,8 @@ def plot_from_data(rows: Sequence[dict], path: Path) -> None:
     for panel, ((name, network), shown) in zip(panels, panels_of.items(), strict=False):
         for row in shown:
             draw_race(panel, row, colours[row["number"]])
-        panel.set_title(f"{Path(name).name}: {network}" if several else network, fontsize=8)
+        panel.set_title(f"{Path(name).name}:\n{network}" if several else network, fontsize=8)
+        show_seconds(panel, (1,))
         panel.set_ylim(bottom=max(min(row["on_the_way"] for row in shown) - 12, 0))
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
@@ -92,16 +93,16 @@ def draw_race(panel: "Axes", row: dict, colour: str) -> None:
     """Adam's curve, and a dot where the written network stands."""
     seconds, accuracies = zip(*row["adam"]["curve"][1:], strict=True)
     images = f"{row['images']:,} images"
-    panel.semilogx(seconds, accuracies, color=colour, lw=1, label=f"Adam, {images}")
+    panel.plot(seconds, accuracies, color=colour, lw=1, label=f"Adam, {images}")
     panel.plot(row["seconds"], row["on_the_way"], "o", color=colour, markersize=5, label=f"written, {images}")
 
 
-def show_seconds(panel: "Axes") -> None:
-    """Seconds on a scale of logarithms, as people write them."""
+def show_seconds(panel: "Axes", digits: tuple[int, ...] = (1, 2, 5)) -> None:
+    """Seconds on a scale of logarithms, as people write them: so many of a power of ten."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     panel.set_xscale("log")
-    panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.xaxis.set_major_locator(LogLocator(subs=digits))
     panel.xaxis.set_major_formatter("{x:g}")
     panel.xaxis.set_minor_formatter(NullFormatter())
 
