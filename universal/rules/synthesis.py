@@ -116,7 +116,7 @@ def write(
 
 def warn_of_chance(held_out_percent: float | None, labels: Tensor) -> None:
     """Warn where a network does no better on images held out than to say what most of them are."""
-    if held_out_percent is None:
+    if held_out_percent is None or len(labels) < FEWEST:
         return
     guessed = 100 * labels.bincount().max().item() / len(labels)
     clearly_more = guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels))
