@@ -167,6 +167,16 @@ def test_evaluate_holds_what_is_written_from_data_against_adam_by_the_clock(from
     assert_png(tmp_path / "d.png", 900, 435)
 
 
+def test_a_row_tells_how_far_its_networks_make_the_same_errors(from_digits, monkeypatch):
+    seen = []
+    monkeypatch.setattr(from_data, "mean_pairwise_overlap", lambda wrongs: seen.append(wrongs) or 0.25)
+    record, text = from_digits("--images", 100, "--networks", NETWORKS[0])
+    (row,), (wrongs,) = record["rows"], seen
+    accuracies = [100 * (1 - wrong.double().mean().item()) for wrong in wrongs]
+    assert len(accuracies) == 2 and sum(accuracies) / 2 == pytest.approx(row["written"]["mean"])
+    assert row["error_overlap"] == 0.25 and "| 0.25 " in text
+
+
 def made_up(network: str, mean: float, matched: float | None) -> dict:
     """A row as if Adam had been looked at for 8 seconds, to 90 %, and the network written in one."""
     adam = {"curve": [[0, 10], [1, 90.0], [8, 90]], "matched": matched}

@@ -23,9 +23,10 @@ from universal.data import labelled
 from universal.experiment.verdict import mean_pairwise_overlap
 from universal.model.looking import DoubtfulWeights
 from universal.reading.graph import ComputationGraph
-from universal.rules import classes, features, synthesis
+from universal.rules import classes, features, selection, synthesis
 from universal.rules.moments import STRENGTHS, Regression, Sums
 from universal.rules.numbers import Numbers
+from universal.rules.selection import forward_selection
 
 SIDE, COUNT = 14, 400
 
@@ -557,6 +558,59 @@ def test_what_is_no_better_than_chance_gives_a_warning_and_what_is_better_none(r
     assert not recwarn.list
     with pytest.warns(DoubtfulWeights, match="held out are right"):
         write(made("convolutions"), inputs, labels[torch.randperm(400)], seed=0)
+
+
+def test_what_linear_algebra_cannot_solve_gets_one_line_and_changes_nothing(monkeypatch):
+    def fails(*_):
+        raise torch.linalg.LinAlgError("the input is not positive-definite")
+
+    network = made("convolutions")
+    before = copied(network)
+    monkeypatch.setattr("universal.rules.synthesis.classifier", fails)
+    with pytest.raises(ValueError, match="Sequential: cannot be written: what reaches"):
+        write(network, *images(), seed=0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+# ---- which candidates are kept ---------------------------------------------------------------------------------------
+
+
+def left_by(chosen: Tensor, candidates: Tensor, targets: Tensor) -> float:
+    """The share of the targets that a regression on the chosen candidates leaves."""
+    x, t = (values - values.mean(0) for values in (candidates[:, chosen], targets))
+    return ((t - x @ torch.linalg.lstsq(x, t).solution).square().sum() / t.square().sum()).item()
+
+
+def test_each_candidate_that_is_kept_says_most_beyond_those_before_it():
+    torch.manual_seed(0)
+    candidates = torch.randn(300, 30)
+    candidates[:, 10] = candidates[:, 3]  # says nothing new after it
+    candidates[:, 5] += 3 * candidates[:, 3]  # and this little
+    targets = candidates[:, [3, 20, 7]] * torch.tensor([3.0, 2.0, 1.0])
+    chosen = forward_selection(candidates, targets, 30)
+    assert chosen[:3].tolist() == [3, 20, 7] and chosen[-1] == 10
+    assert sorted(chosen.tolist()) == list(range(30))
+
+
+def test_several_at_a_time_are_nearly_as_good_as_one_after_another(monkeypatch):
+    torch.manual_seed(0)
+    candidates = torch.randn(600, 400) @ torch.randn(400, 400)
+    targets = torch.tanh(candidates[:, :20] / 20)
+    chosen = forward_selection(candidates, targets, 300)
+    monkeypatch.setattr(selection, "ONE_BY_ONE", 1000)
+    alone = forward_selection(candidates, targets, 300)
+    assert len(set(chosen.tolist())) == 300 and not torch.equal(chosen, alone)
+    found, best, random = (left_by(each[:60], candidates, targets) for each in (chosen, alone, torch.randperm(400)))
+    assert best <= found < best + 0.2 * (random - best)
+
+
+def test_the_statistics_of_norms_are_nearly_the_same_from_some_images(monkeypatch):
+    everything = synthesize(made("BatchNorm2d"), *images(1000), seed=0).state_dict()
+    monkeypatch.setattr("universal.rules.synthesis.ENOUGH", 1)
+    some = synthesize(made("BatchNorm2d"), *images(1000), seed=0).state_dict()
+    (key,) = (key for key in some if key.endswith("running_var"))
+    assert not torch.equal(some[key], everything[key])
+    assert (some[key] - everything[key]).norm() < 0.1 * everything[key].norm()
 
 
 # ---- a linear probe --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ ALL_KINDS = KINDS | HELD_OUT_KINDS
 def test_a_task_of_every_kind_can_be_told_apart_by_more_than_chance(kind):
     found = []
     for seed in range(3):
-        task = draw_task(random.Random(seed), 300, 200, MNIST, {kind: ALL_KINDS[kind]})
+        task = draw_task(random.Random(seed), 300, 200, {kind: ALL_KINDS[kind]})
         assert task.kind == kind and 2 <= task.classes <= 20
         assert len(task.train.labels) == 300 and len(task.test.labels) == 200
         assert set(task.train.labels.tolist()) == set(range(task.classes))
@@ -50,7 +50,7 @@ def test_a_task_of_every_kind_can_be_told_apart_by_more_than_chance(kind):
 
 
 def test_a_seed_makes_a_task_again_and_another_seed_another():
-    first, again, other = (draw_task(random.Random(seed), 100, 50, MNIST) for seed in (0, 0, 1))
+    first, again, other = (draw_task(random.Random(seed), 100, 50) for seed in (0, 0, 1))
     assert torch.equal(first.train.images, again.train.images) and torch.equal(first.test.labels, again.test.labels)
     assert first.train.images.shape != other.train.images.shape or not torch.equal(
         first.train.images, other.train.images
@@ -58,10 +58,10 @@ def test_a_seed_makes_a_task_again_and_another_seed_another():
 
 
 def test_no_task_has_the_digits_or_fonts_that_are_held_out():
-    images, where = tasks.digits_of(MNIST)
+    images, where = tasks.digits_apart()
     everything = load_mnist("train", MNIST)
     assert len(images) == len(everything.labels) - tasks.LAST_DIGITS == sum(map(len, where))
-    assert not set(tasks.FONTS[True]) & set(tasks.FONTS[False])
+    assert not set(tasks.FONTS) & set(tasks.HELD_OUT_FONTS)
 
 
 def test_a_letter_that_a_font_lacks_is_none():
@@ -173,5 +173,5 @@ def test_a_network_that_cannot_be_written_ends_no_search(monkeypatch):
         raise ValueError("no")
 
     monkeypatch.setattr("universal.training.numbers.write", refuse)
-    (share,) = try_all(Trial("0", MNIST, torch.device("cpu"), held_out=False), [{}])
+    (share,) = try_all(Trial("0", torch.device("cpu"), held_out=False), [{}])
     assert share == 0

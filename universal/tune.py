@@ -10,7 +10,7 @@ report.
 import argparse
 import os
 
-from scripting import MNIST, add_training_options, number, option_parser, run_script, run_to_end, save_json
+from scripting import add_training_options, number, option_parser, run_script, run_to_end, save_json
 from universal.rules.numbers import COEFFICIENTS
 from universal.training.numbers import NumberSearch
 
@@ -25,9 +25,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
     parser.add_argument("--processes", type=count, default=os.cpu_count(), help="of one thread each")
     add_training_options(parser, report_every=4, checkpoint="tuning.pth", out=COEFFICIENTS)
-    options = parser.parse_args()
-    options.data = MNIST
-    return options
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ import signal
 import warnings
 from itertools import chain
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
@@ -33,14 +32,13 @@ class Trial(NamedTuple):
     """A random network and a random task, which a seed makes again."""
 
     seed: str
-    data: Path
     device: torch.device
     held_out: bool  # whether of kinds that no search sees
 
     def draw(self) -> tuple[nn.Module, Task]:
         draw = random.Random(self.seed)
         count = round(math.exp(draw.uniform(math.log(FEWEST), math.log(MOST))))
-        task = draw_task(draw, count, SCORED, self.data, HELD_OUT_KINDS if self.held_out else KINDS)
+        task = draw_task(draw, count, SCORED, HELD_OUT_KINDS if self.held_out else KINDS)
         while True:
             network = draw_architecture(draw, tuple(task.train.images.shape[1:]), task.classes)
             with FlopCounterMode(display=False) as counter:  # without gradients it would not see into transformers
@@ -103,8 +101,7 @@ class NumberSearch:
     ) -> list[list[float]]:  # fmt: skip
         """What each of so many networks gets right by each of the candidates, [networks, candidates]."""
         parts = [candidates[first : first + PART] for first in range(0, len(candidates), PART)]
-        options = self.options
-        trials = [Trial(f"{seed} {index}", options.data, options.device, held_out) for index in range(networks)]
+        trials = [Trial(f"{seed} {index}", self.options.device, held_out) for index in range(networks)]
         pairs = [(trial, part) for trial in trials for part in parts]
         found = self.pool.starmap(try_all, pairs, chunksize=1)
         return [list(chain(*found[first : first + len(parts)])) for first in range(0, len(found), len(parts))]

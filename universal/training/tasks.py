@@ -1,13 +1,13 @@
 """Data sets that are drawn at random, as `architectures.py` draws networks: labelled images of a few classes.
 
-MNIST's digits, the glyphs of the fonts that come with matplotlib, and what a few lines make: leaves that hide each
-other, whose statistics are those of photographs, waves, textures and outlines. Nothing is downloaded but MNIST.
+The repository's MNIST, the glyphs of the fonts that come with matplotlib, and what a few lines make: leaves that hide
+each other, whose statistics are those of photographs, waves, textures and outlines. Nothing is downloaded.
 """
 
 import math
 import random
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,17 +19,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from scripting import MNIST
 from target_cnn import Dataset, load_mnist
 
-FONTS = {
-    False: ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono"),
-    True: ("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"),
-}  # those that are held out are the second
-# Blocks of letters.
+FONTS = "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono"
 SCRIPTS = (
     (0x21, 0x7E), (0xC0, 0x17F), (0x391, 0x3C9), (0x410, 0x44F), (0x531, 0x586), (0x10D0, 0x10FF), (0x5D0, 0x5EA),
     (0x1401, 0x1500), (0x2200, 0x22FF), (0x2190, 0x21FF),
 )  # fmt: skip
+HELD_OUT_FONTS = "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic"
 SCRIPTS_OF_HELD_OUT_FONTS = ((0x21, 0x7E), (0x391, 0x3C9), (0x410, 0x44F), (0x2200, 0x22FF), (0x2190, 0x21FF))
 GLYPH = 36  # pixels along a side of a glyph, before it is warped
 SIDES = (16, 32)  # of images, pixels
@@ -54,16 +52,16 @@ class Task(NamedTuple):
 
 
 @cache
-def digits_of(directory: Path) -> tuple[Tensor, list[Tensor]]:
+def digits_apart() -> tuple[Tensor, list[Tensor]]:
     """Images of digits [N, 1, 28, 28] within [0, 1], and where those of each are."""
-    data = load_mnist("train", directory)[:-LAST_DIGITS]
+    data = load_mnist("train", MNIST)[:-LAST_DIGITS]
     images = data.images - data.images.min()
     return images / images.max(), [(data.labels == digit).nonzero()[:, 0] for digit in range(10)]
 
 
-def digits(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
+def digits(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
     """Digits, or unions of them, more or less distorted."""
-    images, where = digits_of(directory)
+    images, where = digits_apart()
     order = draw.sample(range(10), 10)
     size = draw.randint(1, 10 // classes)
     found = labels.new_empty(len(labels))
@@ -87,24 +85,21 @@ def glyph(font: str, code: int) -> Tensor | None:
 
 
 def glyphs(
-    draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path, held_out: bool = False
+    draw: random.Random, labels: Tensor, classes: int, side: int, fonts: Sequence[str] = FONTS,
+    scripts: Sequence[tuple[int, int]] = SCRIPTS,
 ) -> Tensor:  # fmt: skip
     """Letters of one script in several fonts, distorted."""
-    fonts, found = FONTS[held_out], []
+    found: list[list[Tensor]] = []
     while len(found) < classes:
-        first, last = draw.choice(SCRIPTS_OF_HELD_OUT_FONTS if held_out else SCRIPTS)
+        first, last = draw.choice(scripts)
         codes = draw.sample(range(first, last + 1), last + 1 - first)
-        letters = (([picture for font in fonts if (picture := glyph(font, code)) is not None]) for code in codes)
+        letters = ([picture for font in fonts if (picture := glyph(font, code)) is not None] for code in codes)
         found = list(islice(filter(None, letters), classes))
     images = torch.stack([draw.choice(found[label]) for label in labels.tolist()])
     return warped(images, side, draw.random())
 
 
-def held_out_glyphs(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
-    return glyphs(draw, labels, classes, side, directory, held_out=True)
-
-
-def leaves(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
+def leaves(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
     """Shapes that hide each other, of sizes, slants and colours that depend on the class (dead leaves: Lee, Mumford and
     Huang 2001)."""
     channels = draw.choice([1, 3])
@@ -126,7 +121,7 @@ def leaves(draw: random.Random, labels: Tensor, classes: int, side: int, directo
     return images.clamp(0, 1)
 
 
-def waves(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
+def waves(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
     """Sums of two waves, of a length and a direction that depend on the class."""
     length, slant = 2 + torch.rand(classes, 2) * side / 2, torch.rand(classes, 2) * math.pi
     spread = draw.uniform(0.05, 0.3)
@@ -141,7 +136,7 @@ def waves(draw: random.Random, labels: Tensor, classes: int, side: int, director
     return 0.5 + 0.25 * images[:, None]
 
 
-def textures(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
+def textures(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
     """Noise through a filter of the class."""
     channels, kernel = draw.choice([1, 3]), draw.choice([3, 5, 7])
     filters = torch.randn(classes, channels, 1, kernel, kernel)
@@ -154,16 +149,16 @@ def textures(draw: random.Random, labels: Tensor, classes: int, side: int, direc
     return (0.5 + 0.25 * images / images.std()).clamp(0, 1)
 
 
-def outlines(draw: random.Random, labels: Tensor, classes: int, side: int, directory: Path) -> Tensor:
+def outlines(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
     """Closed curves of a form that depends on the class, at any place, filled or as lines, distorted."""
-    waves = 0.25 * torch.randn(classes, 2, 6) / torch.arange(1, 7)
+    forms = 0.25 * torch.randn(classes, 2, 6) / torch.arange(1, 7)
     filled, turn = draw.random() < 0.6, draw.choice([0.2, 0.5, 3.2])
     y, x = grid(side)
     n = len(labels)
     dx = x - 0.5 - 0.15 * (torch.rand(n, 1, 1) - 0.5)
     dy = y - 0.5 - 0.15 * (torch.rand(n, 1, 1) - 0.5)
     angle = torch.atan2(dy, dx) + turn * torch.randn(n, 1, 1)
-    form = waves[labels] + 0.02 * torch.randn(n, 2, 6)
+    form = forms[labels] + 0.02 * torch.randn(n, 2, 6)
     radius = 0.25 + 0.1 * torch.rand(n, 1, 1)
     bend = sum(
         form[:, 0, k, None, None] * ((k + 1) * angle).sin() + form[:, 1, k, None, None] * ((k + 1) * angle).cos()
@@ -174,12 +169,15 @@ def outlines(draw: random.Random, labels: Tensor, classes: int, side: int, direc
     return torch.sigmoid(-2 * sharp)[:, None]
 
 
-Kind = Callable[[random.Random, Tensor, int, int, Path], Tensor]
+Kind = Callable[[random.Random, Tensor, int, int], Tensor]
 KINDS: dict[str, tuple[float, Kind]] = {
     "digits": (3, digits), "glyphs": (3, glyphs), "leaves": (2, leaves), "waves": (0.5, waves),
     "textures": (1, textures),
 }  # fmt: skip
-HELD_OUT_KINDS: dict[str, tuple[float, Kind]] = {"held-out glyphs": (1, held_out_glyphs), "outlines": (1, outlines)}
+HELD_OUT_KINDS: dict[str, tuple[float, Kind]] = {
+    "held-out glyphs": (1, partial(glyphs, fonts=HELD_OUT_FONTS, scripts=SCRIPTS_OF_HELD_OUT_FONTS)),
+    "outlines": (1, outlines),
+}
 
 
 # ---- what is done to all of them -------------------------------------------------------------------------------------
@@ -227,7 +225,7 @@ def dressed(draw: random.Random, images: Tensor) -> Tensor:
 
 
 def draw_task(
-    draw: random.Random, count: int, held_out: int, directory: Path, kinds: dict[str, tuple[float, Kind]] = KINDS
+    draw: random.Random, count: int, held_out: int, kinds: dict[str, tuple[float, Kind]] = KINDS
 ) -> Task:  # fmt: skip
     """A random data set of `count` images and so many `held_out`.
 
@@ -241,7 +239,7 @@ def draw_task(
     balance = torch.ones(classes) if draw.random() < 0.7 else 0.3 + torch.rand(classes)
     labels = torch.multinomial(balance, count + held_out, replacement=True)
     labels[:classes] = torch.arange(classes)
-    images = dressed(draw, make(draw, labels, classes, side, directory))
+    images = dressed(draw, make(draw, labels, classes, side))
     mean, deviation = images[:count].mean(), images[:count].std() + 1e-3
     images = (images - mean) / deviation
     return Task(name, classes, Dataset(images[:count], labels[:count]), Dataset(images[count:], labels[count:]))
