@@ -12,8 +12,8 @@ from universal.rules.numbers import Numbers
 
 SHARPNESSES = (1, 2, 4, 6, 8, 12, 16, 24)  # that logits of a ridge regression are multiplied by
 USUAL_SHARPNESS = 8
-ITERATIONS = 15
-DECAYS = (5e-5, 2e-4, 8e-4, 3e-3, 0.01, 0.04)  # what squares of weights of scaled features add to the cross-entropy
+TO_CHOOSE, ITERATIONS = 4, 15  # of conjugate gradients, from the decay before and from ridge regression
+DECAYS = (0.04, 0.01, 3e-3, 8e-4, 2e-4, 5e-5)  # what squares of weights of scaled features add to the cross-entropy
 LEAST_GAIN = 5e-5  # of cross-entropy, that is expected of a step
 LONGEST = 10.0  # step, where a curvature is next to nothing
 NONE = -1  # no fold
@@ -41,8 +41,8 @@ def classifier(features: Features, classes: int, intercept: bool, numbers: Numbe
         least = min(losses)
         sharpness, found = SHARPNESSES[losses.index(least)], ridges[losses.index(least)]
         start = found
-        for decay in DECAYS:  # of many images the first is the best
-            start = logistic(start, solved, chunks, are_shares, mean, deviation, intercept, HELD_OUT, decay)
+        for decay in DECAYS:  # from a strong one, which takes few iterations, on to what is near
+            start = logistic(start, solved, chunks, are_shares, mean, deviation, intercept, HELD_OUT, decay, TO_CHOOSE)
             loss = agreed(F.cross_entropy(start(x), labels).item())
             if loss < least:
                 least, found, used = loss, start, decay
@@ -51,15 +51,15 @@ def classifier(features: Features, classes: int, intercept: bool, numbers: Numbe
         accuracy = 100 * (found(x).argmax(1) == labels).double().mean().item()
     solved = moments.ridge_of_all(strength, intercept)
     found = Regression(*(sharpness * values for values in solved.regression))
-    if used is not None:
-        found = logistic(found, solved, chunks, are_shares, mean, deviation, intercept, NONE, used)
+    if used is not None:  # from there, for what rounding does grows along the decays
+        found = logistic(found, solved, chunks, are_shares, mean, deviation, intercept, NONE, used, ITERATIONS)
     weight = found.weight / deviation[:, None]
     return Regression(weight, found.bias - mean @ weight), accuracy
 
 
 def logistic(
     start: Regression, solved: Solved, chunks: list[Chunk], are_shares: bool, mean: Tensor, deviation: Tensor,
-    intercept: bool, without: int, decay: float,
+    intercept: bool, without: int, decay: float, iterations: int,
 ) -> Regression:  # fmt: skip
     """The logistic regression of the features in `chunks`, from a `start`, without the images of a fold.
     If they `are_shares` of all, processes add up what they find.
@@ -87,7 +87,7 @@ def logistic(
     decay[-1] = 0
     logits = logits_of(parameters)
     direction = before = None
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         shares = logits.softmax(1)
         errors = (one_hot - shares) * used
         total = errors.sum(0)
