@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import universal.rules.dense
 from target_cnn import load_mnist
 from universal import Accounts, synthesize, write
 from universal.data import labelled
@@ -603,6 +604,29 @@ def test_several_at_a_time_are_nearly_as_good_as_one_after_another(monkeypatch):
     assert len(set(chosen.tolist())) == 300 and not torch.equal(chosen, alone)
     found, best, random = (left_by(each[:60], candidates, targets) for each in (chosen, alone, torch.randperm(400)))
     assert best <= found < best + 0.2 * (random - best)
+
+
+def test_few_images_all_judge_and_no_candidate_knows_them_by_heart(monkeypatch):
+    network = of_features(nn.Linear(SIDE**2, 60), nn.ReLU(), features=60)
+    without = accuracy_percent(synthesize(network, *images(count=150), seed=0))
+    monkeypatch.setattr("universal.rules.dense.FITTED", ())
+    assert accuracy_percent(synthesize(network, *images(count=150), seed=0)) < without - 1
+
+
+@pytest.mark.parametrize(("count", "parted"), [(300, False), (1500, True)])
+def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, monkeypatch):
+    refitted, seen = universal.rules.dense.refitted, []
+
+    def recorded(*arguments) -> tuple[Tensor, Tensor]:
+        seen.append(len(arguments[4].labels))
+        return refitted(*arguments)
+
+    monkeypatch.setattr("universal.rules.dense.refitted", recorded)
+    write(dense(nn.ReLU()), *images(count=count), seed=0)
+    folds = labelled.LabelledImages(*images(count=count), seed=0).sample.folds
+    known, judging = synthesis.parts_of(folds)
+    assert seen == [(folds != labelled.HELD_OUT).sum()] == [(known | judging).sum()]
+    assert judging.any() == parted and not (known & judging).any()
 
 
 def test_the_statistics_of_norms_are_nearly_the_same_from_some_images(monkeypatch):

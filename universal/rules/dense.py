@@ -1,8 +1,9 @@
 """Rules for hidden dense layers, which read one vector of each image.
 
 More candidates than neurons are made from one part of a sample; by the other part those are chosen that together say
-most of the labels; and a few ridge regressions tell each neuron what it should answer differently. One more rule is
-one more entry in CANDIDATES.
+most of the labels; and a few ridge regressions on both tell each neuron what it should answer differently. Few images
+are not parted: all of them judge, so that candidates must not know them by heart. One more rule is one more entry in
+CANDIDATES.
 """
 
 import math
@@ -102,17 +103,18 @@ def near_pairs(context: Context, share: int) -> Tensor:
     return found
 
 
-CANDIDATES = (regressions, opposites, regressions_in_fields, mean_differences, near_pairs)
+FITTED = (regressions, opposites, regressions_in_fields)  # which know by heart the images that they are made from
+CANDIDATES = (*FITTED, mean_differences, near_pairs)
 
 
 def dense_layer(
     layer: Layer, known: Chunk, judging: Chunk, classes: int, numbers: Numbers, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Weight [neurons, features] and bias of a hidden layer, made from what is `known` and chosen by what is
-    `judging`."""
+    `judging`; if that is nothing, by what is known."""
     activation, count = Activation(layer), layer.shape[0]
-    moments = Moments()
-    deviation = known.features.std(0) + numbers.deviation * known.features.std() + 1e-12
+    images, moments = Chunk(*map(torch.cat, zip(known, judging, strict=True))), Moments()
+    deviation = images.features.std(0) + numbers.deviation * images.features.std() + 1e-12
     for part, is_judging in ((known, False), (judging, True)):
         one_hot = F.one_hot(part.labels, classes).to(deviation)
         moments.add(part.features / deviation, one_hot, torch.full_like(part.labels, is_judging, dtype=torch.bool))
@@ -125,14 +127,17 @@ def dense_layer(
     targets = torch.cat([F.one_hot(known.labels, classes).to(rows), members], 1)
     fitted = (solved.regress(rows, targets - targets.mean(0)) / deviation[:, None]).T
     context = Context(layer, known.features, known.labels, members, fitted, numbers, generator)
-    weight = torch.cat([rule(context, candidates // 6) for rule in CANDIDATES])
+    rules = CANDIDATES
+    if not len(judging.labels):
+        judging, rules = known, [rule for rule in CANDIDATES if rule not in FITTED]
+    weight = torch.cat([rule(context, candidates // 6) for rule in rules])
     weight, bias = thresholds(weight, judging.features, activation, numbers, generator)
     wanted = F.one_hot(judging.labels, classes).to(weight)
     kept = forward_selection(activation(F.linear(judging.features, weight, bias)), wanted, count)
     kept = kept[torch.arange(count, device=kept.device) % len(kept)]
     return refitted(
-        weight[kept], bias[kept], activation, moments.fitted.solver(True)(numbers.strength), known, judging, deviation,
-        classes, numbers.damping,
+        weight[kept], bias[kept], activation, moments.ridge_of_all(numbers.strength), images, deviation, classes,
+        numbers.damping,
     )  # fmt: skip
 
 
@@ -209,26 +214,26 @@ class ReadOut:
 
 
 def refitted(
-    weight: Tensor, bias: Tensor, activation: Activation, solved: Solved, known: Chunk, judging: Chunk,
-    deviation: Tensor, classes: int, damping: float,
+    weight: Tensor, bias: Tensor, activation: Activation, solved: Solved, images: Chunk, deviation: Tensor,
+    classes: int, damping: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Neurons moved by ridge regression onto what each should answer differently, given a read-out of them all.
 
     With their slopes and the read-out held, the changes that are wanted are linear in the weights. A strong ridge keeps
-    them from learning images by heart; a round that does not lower the loss of those `judging` ends it.
+    them from learning images by heart; a round that does not lower the loss ends it.
     """
-    rows = known.features / deviation
+    rows = images.features / deviation
     centre = rows.mean(0)
     rows -= centre
     centre = centre * deviation
-    one_hot = F.one_hot(known.labels, classes).to(rows)
+    one_hot = F.one_hot(images.labels, classes).to(rows)
 
     def state(weight: Tensor, bias: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple:
-        before = F.linear(known.features, weight, bias)
+        before = F.linear(images.features, weight, bias)
         read_out = ReadOut(activation(before))
         found = read_out.fit(one_hot, start)
-        logits = (activation(F.linear(judging.features, weight, bias)) - read_out.mean) @ found[0] + found[1]
-        return F.cross_entropy(logits, judging.labels).item(), weight, bias, before, found
+        loss = F.cross_entropy(read_out.neurons @ found[0] + found[1], images.labels).item()
+        return loss, weight, bias, before, found
 
     now, step = state(weight, bias, None), 2.0
     for _ in range(ROUNDS):

@@ -35,7 +35,8 @@ MANY_GROUPS = 8
 PART = 100  # images whose responses to all candidates are looked at together
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
-FEWEST = 20  # images to choose by
+FEWEST = 20  # images held out that say something of chance
+ENOUGH_TO_PART = 250  # images in each part of what hidden dense layers are made from
 ENOUGH = 2**22  # activations for the statistics of a norm
 ROOM = 2**26  # elements that a layer gives of the images that are written from
 
@@ -314,12 +315,11 @@ class Writing:
 
 
 def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images rules are made from, and which judge what these make: of few images, all but those held out do
-    both."""
+    """Which images rules are made from, and which judge what these make: of few images none do that alone."""
     judging = (folds == JUDGING[0]) | (folds == JUDGING[1])
     known = (folds != HELD_OUT) & ~judging
-    if min(judging.sum(), known.sum()) < FEWEST:
-        known = judging = folds != HELD_OUT
+    if min(judging.sum(), known.sum()) < ENOUGH_TO_PART:
+        known, judging = known | judging, torch.zeros_like(judging)
     return known, judging
 
 
