@@ -27,7 +27,7 @@ def main() -> None:
     print(f"Using device: {options.device}")
     directory = find_runs(options.checkpoints)[0]
     run = load_run(directory).to(options.device)
-    model = load_generator(options.model, run.shape[1], options.device)
+    model = load_generator(options.model, run.shape[1], options)
     data = scoring_data(options.data, options.validation, options.device)
 
     print(f"Generating {options.steps} steps with {options.model} from epoch 0 of {directory}...")

@@ -80,7 +80,7 @@ def main() -> None:
         refuse_recorded(init, recorded, options.seed + index)
     directory, run = next(iter(runs.items()))
     log = load_log(directory)
-    model = load_generator(options.model, len(inits[0]), options.device)
+    model = load_generator(options.model, len(inits[0]), options)
     print(f"Diffusion model loaded from {options.model}")
     data = scoring_data(options.data, options.validation, options.device)
 

@@ -41,7 +41,7 @@ def command(*arguments, launcher: tuple = (), **settings) -> subprocess.Complete
 
 def small_synthesizer(seed: int, **settings) -> GraphWeightSynthesizer:
     torch.manual_seed(seed)
-    return GraphWeightSynthesizer(**{"probes": 20, "convolution_probes": 20, "hidden": 64} | settings).eval()
+    return GraphWeightSynthesizer(**{"dimension": 32, "concepts": 32, "rank": 8, "hidden": 64} | settings).eval()
 
 
 def assert_png(path, width: int, height: int) -> None:
@@ -124,3 +124,9 @@ def synthesizer() -> GraphWeightSynthesizer:
 def digits() -> Dataset:
     """The first 2,000 test images."""
     return load_mnist("test", REPOSITORY / "data")[:2000]
+
+
+@pytest.fixture(scope="session")
+def train_digits() -> Dataset:
+    """The first 2,000 training images."""
+    return load_mnist("train", REPOSITORY / "data")[:2000]

@@ -10,13 +10,15 @@ from conftest import Chain
 from torch import nn
 
 from target_cnn import score
+from universal import synthesize, write
 from universal.evaluation.networks import ResidualBlock, VisionTransformer, cnn, mlp
 from universal.model import algebra
-from universal.model import synthesizer as synthesizers
 from universal.model.balance import FLATTENED, balance, slopes_of
 from universal.model.sizes import LARGEST, USUAL_LENGTH
-from universal.model.synthesizer import random_weights
+from universal.model.synthesizer import fresh_init, random_weights
+from universal.model.writing import Writing
 from universal.reading.graph import ComputationGraph
+from universal.rules import synthesis
 
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 
@@ -51,6 +53,14 @@ def dense(*between: nn.Module, width: int = 16, bias: bool = True) -> nn.Module:
 
 
 DEAD = {
+    "maps": lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2),
+        Of(lambda h: F.relu(h - 1000)),
+        nn.Conv2d(8, 6, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(726, 10),
+    ),
     "gate": lambda: nn.Sequential(nn.Conv2d(1, 8, 3, 2), Squeezed(), nn.Flatten(), nn.Linear(1352, 10)),
     "ReLU": lambda: dense(Of(lambda h: F.relu(h - 1000)), nn.Linear(16, 12), nn.ReLU(), width=12),
     "constant": lambda: dense(nn.Threshold(1e3, 1e6), nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), width=12),
@@ -63,34 +73,44 @@ DEAD = {
 
 
 @pytest.mark.parametrize("build", DEAD.values(), ids=DEAD)
-def test_no_weight_is_larger_than_the_bound_whatever_the_probes_say(synthesizer, build):
+def test_no_weight_is_larger_than_the_bound_whatever_the_probes_say(train_digits, build):
     torch.manual_seed(0)
     network = build()
     with warnings.catch_warnings(action="ignore"):
-        synthesizer.write(network, seed=0)
+        write(network, *train_digits[:300], seed=0)
     assert all(parameter.abs().max() <= LARGEST for parameter in network.parameters())
 
 
-def test_a_dead_gate_is_the_same_with_any_number_of_threads(synthesizer):
+def test_a_dead_gate_does_the_same_with_any_number_of_threads(train_digits):
+    """Which weights of what passes nothing are chosen is up to rounding."""
     found, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            torch.manual_seed(0)
             with warnings.catch_warnings(action="ignore"):
-                network = synthesizer.synthesize(DEAD["gate"](), seed=0)
-            found.append(torch.cat([parameter.detach().flatten() for parameter in network.parameters()]))
+                network = synthesize(DEAD["gate"](), *train_digits[:100], seed=0)
+            with torch.no_grad():
+                found.append(network(train_digits.images[:300]))
     finally:
         torch.set_num_threads(threads)
     assert (found[0] - found[1]).norm() < 0.02 * found[0].norm()
 
 
-def test_a_neuron_that_cannot_be_brought_to_scale_has_weights_of_the_usual_size(synthesizer):
+def test_a_neuron_that_cannot_be_brought_to_scale_has_weights_of_the_usual_size(synthesizer, train_digits):
+    few = train_digits[:60]
+    graph = ComputationGraph(DEAD["maps"]())
+    with torch.no_grad():
+        probes = synthesizer.probes(few.images, F.one_hot(few.labels, 10).float())
+        written = Writing(synthesizer, graph, fresh_init(graph, 0, "cpu"), probes).write_up_to(graph.last)
+    lengths = written["2.weight"].flatten(1).norm(dim=1)
+    assert (lengths < 10 * USUAL_LENGTH).all() and (lengths > 0.1 * USUAL_LENGTH).all()
+
+
+def test_a_dense_layer_that_nothing_reaches_has_no_weights(train_digits):
     network = DEAD["gate"]()
     with warnings.catch_warnings(action="ignore"):
-        synthesizer.write(network, seed=0)
-    lengths = network[1].up.weight.flatten(1).norm(dim=1)
-    assert (lengths < 10 * USUAL_LENGTH).all() and (lengths > 0.1 * USUAL_LENGTH).all()
+        write(network, *train_digits[:300], seed=0)
+    assert (network[1].up.weight == 0).all() and network[1].up.bias.isfinite().all()
 
 
 @pytest.mark.parametrize("neurons", [6, 60])  # fewer and more than responses
@@ -205,10 +225,10 @@ def bn_pooled() -> nn.Module:
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
-def test_training_goes_on_from_a_network_with_norms_and_pooling(synthesizer, digits, optimizer, monkeypatch):
+def test_training_goes_on_from_a_network_with_norms_and_pooling(train_digits, digits, optimizer, monkeypatch):
     def after_steps() -> tuple[float, float]:
         """Accuracy as written and after five steps, of which the first throw back what is too steep."""
-        network = synthesizer.synthesize(bn_pooled(), seed=0)
+        network = synthesize(bn_pooled(), *train_digits[:300], seed=0)
         before = score(network, digits[1000:]).accuracy_percent
         steps = torch.optim.Adam(network.parameters(), 0.001)
         if optimizer == "SGD":
@@ -222,15 +242,16 @@ def test_training_goes_on_from_a_network_with_norms_and_pooling(synthesizer, dig
 
     before, after = after_steps()
     assert after > before - 3
-    monkeypatch.setattr(synthesizers, "balance", lambda graph, weights, images: weights)
+    monkeypatch.setattr(synthesis, "balance", lambda graph, weights, images: weights)
     same, thrown_back = after_steps()
     assert same == pytest.approx(before, abs=0.2) and thrown_back < before - 5
 
 
-def test_steep_logits_are_flattened_and_choose_the_same_class(synthesizer, digits, monkeypatch):
-    network = synthesizer.synthesize(cnn([8, 16], 48), seed=0)
-    monkeypatch.setattr(synthesizers, "balance", lambda graph, weights, images: weights)
-    steep = synthesizer.synthesize(cnn([8, 16], 48), seed=0)
+def test_steep_logits_are_flattened_and_choose_the_same_class(train_digits, digits, monkeypatch):
+    monkeypatch.setattr("universal.model.balance.STEEP", 1.0)
+    network = synthesize(cnn([8, 16], 48), *train_digits[:300], seed=0)
+    monkeypatch.setattr(synthesis, "balance", lambda graph, weights, images: weights)
+    steep = synthesize(cnn([8, 16], 48), *train_digits[:300], seed=0)
     with torch.no_grad():
         flat, steep = (net(digits.images[:500]) for net in (network, steep))
     torch.testing.assert_close(flat, FLATTENED * steep, rtol=1e-3, atol=1e-3 * steep.abs().max().item())

@@ -551,9 +551,9 @@ def test_a_broken_picture_is_named_and_the_rest_is_used(nets, folder, tmp_path, 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--steps", 2), "--steps does not go with --data"),
-        (("--synthesizer", "s.pth"), "--synthesizer does not go with --data"),
-        (("--validation", 9), "--validation does not go with --data"),
+        (("--steps", 2), "unrecognized arguments: --steps 2"),
+        (("--validation", 9), "unrecognized arguments: --validation 9"),
+        (("--synthesizer", "none.pth"), "none.pth: no such file: run python -m universal.train first"),
         (("--plot", "p.png"), "--plot needs --compare"),
         (("--size", 0), "'0' is no size in pixels: give one such as 64 or 48x64"),
         (("--size", "9x"), "'9x' is no size in pixels"),
@@ -575,12 +575,6 @@ def test_options_that_do_not_go_together_get_one_line_and_nothing_is_written(
     )  # fmt: skip
     assert reason in line
     assert not (tmp_path / "w.pth").exists() and not (tmp_path / "w.json").exists()
-
-
-@pytest.mark.parametrize("option", ["--size=9", "--channels=1", "--limit=9", "--skip-broken", "--compare"])
-def test_options_of_data_need_it(nets, tmp_path, refusal, option):
-    line = refusal(command.main, "--model", f"{nets}:linear", "--out", tmp_path / "w.pth", option)
-    assert f"{option.split('=')[0]} needs --data" in line
 
 
 def test_networks_of_every_kind_are_written_scored_and_compared(nets, tmp_path):

@@ -1,8 +1,6 @@
-"""Evaluating the model: its networks, and Adam at its best rate beside them."""
+"""Evaluating what is written from data sets: its networks, and Adam by the clock beside them."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,60 +8,11 @@ from conftest import assert_png, printed, small_synthesizer
 
 from target_cnn import Progress, score, train_with_adam
 from universal import evaluate
-from universal.evaluation import baselines, clock, from_data
+from universal.evaluation import clock, from_data
 from universal.evaluation.networks import EVALUATED, cnn, mlp
+from universal.model.synthesizer import save_synthesizer
 from universal.reading.graph import ComputationGraph
-
-
-@pytest.fixture
-def evaluated(tmp_path, monkeypatch, capsys, digits):
-    """Evaluate networks on few images and steps: the record, what was printed, and the path of the picture."""
-
-    def run(*names: str) -> tuple[dict, str, Path]:
-        monkeypatch.setattr(baselines, "FIRST_STEPS", 1)
-        monkeypatch.setattr(baselines, "HELD_OUT", 100)
-        monkeypatch.setattr(baselines, "RATES", (0.001, 0.003))
-        monkeypatch.setattr(evaluate, "EPOCHS", 1)
-        monkeypatch.setattr(evaluate, "scoring_data", lambda *_: digits[:200])
-        monkeypatch.setattr(evaluate, "training_data", lambda *_: digits[200:600])
-        options = ["--networks", *names, "--inits", 2, "--plot", tmp_path / "u.png", "--results", tmp_path / "u.json"]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, options), "--device", "cpu"])
-        evaluate.main()
-        return json.loads((tmp_path / "u.json").read_text()), capsys.readouterr().out, tmp_path / "u.png"
-
-    return run
-
-
-def test_evaluate_holds_a_network_against_adam(evaluated):
-    record, printed, picture = evaluated("MLP 784-256-128-10")
-    (network,) = record["networks"]
-    epoch, first = network["epoch"], network["first_steps"]
-    assert network["minimum"] <= network["mean"] <= network["maximum"]
-    assert network["mean"] > epoch["accuracy_percent"] > first["random"]["accuracy_percent"]
-    assert first["written"]["accuracy_percent"] > 80 > first["random"]["accuracy_percent"]
-    assert 0 < first["random"]["seconds"] < epoch["seconds"] and network["seconds"] > 0
-    assert f"| MLP 784-256-128-10 | {network['mean']:.2f} (" in printed
-    assert "Written at least as well as an epoch of Adam: 1 of 1" in printed
-    assert record["target_cnn"] is None and "TargetCNN" not in printed
-    assert_png(picture, 1350, 630)
-
-
-def test_evaluate_trains_target_cnns_on_and_tells_them_apart(evaluated):
-    record, printed, picture = evaluated("TargetCNN")
-    starts = {row["start"]: row["accuracy_percent"] for row in record["target_cnn"]["training"]}
-    assert starts["written"][0] > 95 and starts["random"][0] < 30 < starts["random"][-1]
-    assert "| epoch 1 " in printed and "| 2 of 2 " in printed
-    diversity = record["target_cnn"]["diversity"]
-    assert 0 < diversity["error_overlap_of_written_with_each_other"] < 1
-    assert 0 < diversity["largest_of_written_with_trained"] < 1
-    assert -1 < diversity["mean_cosine_of_written_weights"] < 0.9
-    assert diversity["ensemble_accuracy_percent"] > 95
-    assert_png(picture, 2250, 630)
-
-
-def test_evaluate_refuses_what_it_cannot_do_before_it_starts(refusal):
-    assert "invalid choice: 'GPT'" in refusal(evaluate.main, "--networks", "GPT")
-    assert refusal(evaluate.main, "--validation", 43_000).endswith("at most 42000, so that Adam has 100 batches")
+from universal.rules.synthesis import write
 
 
 def start(seed):
@@ -71,47 +20,12 @@ def start(seed):
     return mlp([])
 
 
-def test_the_rate_is_chosen_on_training_images_that_are_held_out(monkeypatch, digits):
-    monkeypatch.setattr(baselines, "RATES", (1e-9, 1e-3))
-    monkeypatch.setattr(baselines, "HELD_OUT", 100)
-    monkeypatch.setattr(baselines, "FIRST_STEPS", 2)
-    seen = []
-    train_with_adam = baselines.train_with_adam
-
-    def spy(network, data, *options, **more):
-        seen.append(len(data.labels))
-        return train_with_adam(network, data, *options, **more)
-
-    monkeypatch.setattr(baselines, "train_with_adam", spy)
-    train, data = digits[:600], digits[600:800]
-    (first, epoch) = baselines.at_best_rates(start, train, data, seed=0, points=2)
-    assert first["learning_rate"] == epoch["learning_rate"] == 1e-3
-    assert epoch["accuracy_percent"] > first["accuracy_percent"]
-    assert seen == [500, 500, 600]  # the rates are tried without those images, the best then has them too
-
-    # What is held out says that the init is best, whatever the images that score say.
-    untrained = start(0)
-    labels = torch.cat([train.labels[:500], untrained(train.images[500:]).argmax(1)])
-    (first, epoch) = baselines.at_best_rates(start, train._replace(labels=labels), data, seed=0, points=2)
-    assert first["learning_rate"] == epoch["learning_rate"] == 1e-9
-    assert epoch["accuracy_percent"] == score(untrained, data).accuracy_percent
-
-
-def test_the_first_steps_of_an_epoch_are_those_of_a_short_training(monkeypatch, digits):
-    monkeypatch.setattr(baselines, "FIRST_STEPS", 2)
-    (short, _), *others = baselines.curve(start, digits[:500], digits[500:800], 1e-3, seed=0, points=1)
-    (first, _), (epoch, _) = baselines.curve(start, digits[:500], digits[500:800], 1e-3, seed=0, points=2)
-    assert not others
-    assert torch.equal(short.wrong, first.wrong) and short.cross_entropy == first.cross_entropy
-    assert epoch.cross_entropy < first.cross_entropy
-
-
-def test_every_network_is_written_as_a_whole():
-    synthesizer = small_synthesizer(0)
+def test_every_network_is_written_as_a_whole(train_digits):
+    synthesizer, few = small_synthesizer(0), train_digits[:60]
     for build in EVALUATED.values():
         network = build()
         before = {name: parameter.clone() for name, parameter in network.named_parameters()}
-        assert not synthesizer.write(network).left
+        assert not write(network, *few, synthesizer=synthesizer).left
         assert not any(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
 
 
@@ -120,8 +34,6 @@ def test_a_wide_and_a_deep_network_are_built_as_named():
     residual = ComputationGraph(EVALUATED["residual network of 6 convolutions"]())
     assert sum(layer.is_convolution for layer in residual.layers) == 6
 
-
-# ---- from data sets --------------------------------------------------------------------------------------------------
 
 NETWORKS = "MLP 784-16-10", "conv 4, 8, valid"
 
@@ -138,7 +50,7 @@ def from_digits(tmp_path, monkeypatch, digits):
 
     def run(*options) -> tuple[dict, str]:
         files = ["--plot", tmp_path / "d.png", "--results", tmp_path / "d.json"]
-        text = printed(evaluate.main, "--data", "mnist", "--networks", *NETWORKS, "--inits", 2, *files, *options)
+        text = printed(evaluate.main, "--networks", *NETWORKS, "--inits", 2, *files, *options)
         return json.loads((tmp_path / "d.json").read_text()), text
 
     return run
@@ -177,6 +89,20 @@ def test_a_row_tells_how_far_its_networks_make_the_same_errors(from_digits, monk
     assert row["error_overlap"] == 0.25 and "| 0.25 " in text
 
 
+def test_the_synthesiser_that_is_named_writes_all_networks(from_digits, tmp_path, monkeypatch):
+    save_synthesizer(small_synthesizer(7), tmp_path / "other.pth")
+    seen = []
+
+    def spy(network, *data, synthesizer, **options):
+        seen.append(synthesizer.settings["hidden"])
+        return write(network, *data, synthesizer=synthesizer, **options)
+
+    monkeypatch.setattr(from_data, "write", spy)
+    record, _ = from_digits("--images", 100, "--networks", NETWORKS[0], "--synthesizer", tmp_path / "other.pth")
+    assert seen == [64] * 4  # two inits, and what is simpler
+    assert record["settings"]["synthesizer"] == "other.pth"
+
+
 def made_up(network: str, mean: float, matched: float | None) -> dict:
     """A row as if Adam had been looked at for 8 seconds, to 90 %, and the network written in one."""
     adam = {"curve": [[0, 10], [1, 90.0], [8, 90]], "matched": matched}
@@ -211,7 +137,7 @@ def test_an_evaluation_on_data_goes_on_where_it_was_killed(from_digits, tmp_path
     path = tmp_path / "d.json"
     for content in (path.read_text(), "{"):
         path.write_text(content)
-        line = refusal(evaluate.main, "--data", "mnist", "--results", path, "--seed", 7)
+        line = refusal(evaluate.main, "--results", path, "--seed", 7)
         assert line == f"{path}: is of another evaluation, or damaged: delete it or choose another --results"
         assert path.read_text() == content
 
@@ -222,10 +148,24 @@ def test_what_adam_does_not_match_counts_at_the_seconds_looked_at():
     assert ": 4.00 in the geometric mean (1 of 2 unmatched and counted at the seconds looked at)" in printed
 
 
+def test_evaluate_refuses_what_it_cannot_do_before_it_starts(refusal, tmp_path):
+    assert "invalid choice: 'GPT'" in refusal(evaluate.main, "--networks", "GPT")
+    assert "'3' is not a whole number from 20" in refusal(evaluate.main, "--images", 3)
+    missing = tmp_path / "none.pth"
+    assert f"{missing}: no such file: run python" in refusal(evaluate.main, "--synthesizer", missing, cwd=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_numbers_of_images_that_no_data_set_has_are_refused(from_digits, tmp_path, refusal):
+    options = ["--images", 5000, 6000, "--plot", tmp_path / "d.png", "--results", tmp_path / "d.json"]
+    line = refusal(evaluate.main, *options)
+    assert line == "--images: no data set holds so many: give smaller numbers, or all"
+    assert not any(tmp_path.iterdir())
+
+
 def test_evaluate_refuses_data_sets_that_it_cannot_use(refusal, tmp_path):
     missing, results = tmp_path / "none", tmp_path / "r.json"
     assert str(missing) in refusal(evaluate.main, "--data", missing, "--results", results)
-    assert "'3' is not a whole number from 20" in refusal(evaluate.main, "--data", "mnist", "--images", 3)
     images, labels = torch.zeros(100, 1, 28, 28), torch.arange(100) % 2
     torch.save({"images": images, "labels": labels}, tmp_path / "same.pt")
     options = ["--networks", NETWORKS[0], "--images", "all", "--results", results]

@@ -1,7 +1,6 @@
 """Inputs of any shape, any number of classes, and networks of which a part is frozen: read, run and written."""
 
 import copy
-import re
 
 import pytest
 import torch
@@ -11,14 +10,14 @@ from test_model import layer, permuted
 from torch import nn
 
 from target_cnn import TargetCNN, score
+from universal import write
 from universal.evaluation.networks import cnn, mlp
 from universal.model.synthesizer import random_weights
-from universal.model.task import Task
+from universal.model.writing import Writing
 from universal.reading.geometry import middles
 from universal.reading.graph import ComputationGraph, Logits
 
 POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
-SMALL = {"dimension": 16, "concepts": 8, "rank": 4, "hidden": 16}
 
 
 def residual() -> nn.Module:
@@ -114,56 +113,26 @@ def test_networks_for_other_inputs_are_read_and_run(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_for_other_inputs_are_written_equivariantly(name):
     shape, classes, build, groups, _ = NETWORKS[name]
-    synthesizer = small_synthesizer(0, shape=shape, classes=classes, **SMALL).double()
-    synthesizer.task.start_from(torch.randn(20, *shape), torch.arange(20) % classes)
+    synthesizer = small_synthesizer(0).double()
+    images, labels = torch.randn(40, *shape).double(), torch.arange(40) % classes
+    probes = synthesizer.probes(images, F.one_hot(labels).double())
     torch.manual_seed(1)
     graph = ComputationGraph(build(), torch.randn(2, *shape))
     own = graph.weights()
 
-    def write(seed: int, change=lambda weights: weights) -> dict:
+    def written(seed: int, change=lambda weights: weights) -> dict:
         weights = {key: value.double() for key, value in (own | random_weights(graph, seed)).items()}
-        return synthesizer(graph, change(weights))
+        return Writing(synthesizer, graph, change(weights), probes).write_up_to(graph.last)
 
     with torch.no_grad():
-        straight, other = write(seed=0), write(seed=1)
-        crossed = write(seed=0, change=lambda weights: permuted(weights, groups, seed=1))
-    assert set(straight) == set(graph.written) - set(graph.counters)
+        straight, other = written(seed=0), written(seed=1)
+        crossed = written(seed=0, change=lambda weights: permuted(weights, groups, seed=1))
+    last = {part.name for part in graph.last.parts}
+    assert set(straight) == set(graph.written) - set(graph.counters) - last
+    groups = [([*rows], [name for name in columns if name not in last]) for rows, columns in groups]
     for key, value in permuted(straight, groups, seed=1).items():
         torch.testing.assert_close(crossed[key], value, rtol=1e-6, atol=1e-7)
     assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in straight)  # it reads the init
-
-
-@pytest.mark.parametrize("shape", [(3, 16, 12), (20,)])
-def test_a_task_of_other_inputs_is_what_networks_are_written_for(shape):
-    """Its labelled inputs are enough to tell others of their classes apart, with experts that know nothing yet."""
-    synthesizer = small_synthesizer(0, probes=60, convolution_probes=60, **SMALL)
-    torch.manual_seed(0)
-    means = 2 * torch.randn(15, *shape)
-    labels = torch.arange(300) % 15
-    images = means[labels] + torch.randn(300, *shape)
-    task = Task(60, 15, SMALL["concepts"], SMALL["dimension"], shape)
-    task.start_from(images[:60], labels[:60])
-    body = [nn.Conv2d(3, 24, 5, 2), nn.ReLU(), nn.Flatten()] if len(shape) > 1 else [nn.Linear(20, 64), nn.ReLU()]
-    network = nn.Sequential(*body, nn.LazyLinear(15))
-    graph = ComputationGraph(network, images)
-    with torch.no_grad():
-        written = synthesizer(graph, graph.weights(), task=task)
-        accuracy = (graph.run(images[60:], written).argmax(1) == labels[60:]).float().mean()
-        random = (graph.run(images[60:], graph.weights()).argmax(1) == labels[60:]).float().mean()
-    assert accuracy > 0.6 > 0.3 > random
-
-
-def test_what_the_synthesiser_is_not_for_is_refused_in_one_line(synthesizer):
-    graph = ComputationGraph(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), torch.randn(2, 3, 32, 32))
-    line = (
-        "1: has 10 classes of inputs of shape [3, 32, 32], but the synthesiser was trained for 10 at most, of inputs "
-        "of shape [1, 28, 28]"
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
-        synthesizer.fill(graph, seed=0)
-    narrow = small_synthesizer(0, shape=(30,), **SMALL)
-    accounts = narrow.write(nn.Sequential(nn.Linear(30, 5), nn.ReLU(), nn.Linear(5, 3)), seed=0)
-    assert accounts.left == [] and accounts.count == 31 * 5 + 6 * 3
 
 
 # ---- what inputs are ------------------------------------------------------------------------------------------------
@@ -238,7 +207,7 @@ def test_examples_that_are_none_are_refused(example, reason):
 
 
 @pytest.mark.parametrize("shape", [None, (3, 12, 12)])
-def test_modules_that_compute_in_half_precision_alone_are_read_and_written(synthesizer, shape):
+def test_modules_that_compute_in_half_precision_alone_are_read_and_written(train_digits, shape):
     class Half(nn.Module):
         def __init__(self, channels):
             super().__init__()
@@ -258,33 +227,33 @@ def test_modules_that_compute_in_half_precision_alone_are_read_and_written(synth
         torch.testing.assert_close(graph.run(images, {}), network(images).float(), rtol=1e-2, atol=1e-2)
         assert graph.run(images, {}).dtype == torch.float32
     if shape is None:
-        synthesizer.fill(graph, seed=0)
+        write(network, *train_digits[:100], seed=0)
         assert network.body[0].weight.dtype == torch.float16
 
 
 # ---- what is frozen -------------------------------------------------------------------------------------------------
 
 
-def test_frozen_layers_are_kept_and_what_reads_them_is_written_for_them(synthesizer, digits):
+def test_frozen_layers_are_kept_and_what_reads_them_is_written_for_them(train_digits, digits):
     torch.manual_seed(0)
     network = cnn([16, 16], 32)
     network[0].requires_grad_(False)
     before = copy.deepcopy(network.state_dict())
-    accounts = synthesizer.write(network, seed=0)
+    accounts = write(network, *train_digits[:300], seed=0)
     assert accounts.left == layer("0") and accounts.count == sum(before[key].numel() for key in accounts.written)
     assert all(torch.equal(value, before[key]) == (key in layer("0")) for key, value in network.state_dict().items())
-    assert score(network, digits[:1000]).accuracy_percent > 90  # 73 where nothing says what its neurons are
+    assert score(network, digits[:1000]).accuracy_percent > 85
 
 
-def test_a_last_layer_alone_is_written(synthesizer, digits):
+def test_a_last_layer_alone_is_written(train_digits, digits):
     torch.manual_seed(0)
     network = mlp([64])
     network[1].requires_grad_(False)
-    assert synthesizer.write(network, seed=0).written == layer("3")
+    assert write(network, *train_digits[:300], seed=0).written == layer("3")
     assert score(network, digits).accuracy_percent > 40
 
 
-def test_each_frozen_parameter_is_kept(synthesizer, digits):
+def test_each_frozen_parameter_is_kept(train_digits, digits):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -305,7 +274,7 @@ def test_each_frozen_parameter_is_kept(synthesizer, digits):
     network.norm.bias.data.fill_(3)
     network.mix.weight.data.abs_()
     before = copy.deepcopy(network.state_dict())
-    accounts = synthesizer.write(network, seed=0)
+    accounts = write(network, *train_digits[:300], seed=0)
     statistics = {f"still.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert set(accounts.left) == kept | statistics
     after = network.state_dict()
@@ -318,19 +287,19 @@ def test_each_frozen_parameter_is_kept(synthesizer, digits):
     assert (responses[0].mean((0, 2, 3)) / responses[0].std((0, 2, 3))).abs().max() < 1.5  # 19 and more as they were
 
 
-def test_layers_that_are_used_again_are_frozen_too(synthesizer):
+def test_layers_that_are_used_again_are_frozen_too(train_digits):
     network = mlp([20, 20])
     again = nn.Sequential(*network[:5], network[3], nn.ReLU(), network[5])
     network[3].requires_grad_(False)
     before = network[3].weight.clone()
-    assert set(synthesizer.write(again, seed=0).left) == {*layer("3"), *layer("5")} and torch.equal(
+    assert set(write(again, *train_digits[:300], seed=0).left) == {*layer("3"), *layer("5")} and torch.equal(
         network[3].weight, before
     )
 
 
-def test_a_network_without_anything_to_write_is_refused(synthesizer):
+def test_a_network_without_anything_to_write_is_refused(train_digits):
     network = TargetCNN().requires_grad_(False)
     with pytest.raises(
         ValueError, match=r"^TargetCNN: all parameters of its layers are frozen \(requires_grad=False\)"
     ):
-        synthesizer.write(network)
+        write(network, *train_digits[:20])

@@ -9,8 +9,10 @@ from torch import nn
 
 from target_cnn import TargetCNN
 from universal import __main__ as command
+from universal import write
 from universal.evaluation.networks import cnn, mlp
-from universal.model.looking import DoubtfulWeights
+from universal.model.looking import FEWEST, DoubtfulWeights, doubt
+from universal.reading.graph import ComputationGraph
 
 
 class ByHand(nn.Module):
@@ -50,21 +52,40 @@ def overwritten(network, x):
         (ByHand, r"(read|keep), used 28 times and written for its first inputs alone: (is dead|tells)"),
         (lambda: Own(overwritten), "second: is dead"),
         (lambda: Own(lambda network, x: network.second(x.clamp(max=0)).relu()), "second: is dead"),
-        (lambda: Own(lambda network, x: network.second(x).sin().mul(1e4).sin()), "tells the classes apart least: only"),
+        (lambda: Own(lambda network, x: network.second(x).sin().mul(1e4).sin()), "rely on these weights; out tells"),
     ],
 )
-def test_a_network_that_is_hardly_written_gives_a_warning_that_names_the_layer(synthesizer, build, reason):
+def test_a_network_that_is_hardly_written_gives_a_warning_that_names_the_layer(train_digits, build, reason):
     torch.manual_seed(0)
     with pytest.warns(DoubtfulWeights, match=reason) as caught:
-        synthesizer.write(build(), seed=0)
+        write(build(), *train_digits[:300], seed=0)
     assert len(caught) == 1 and "\n" not in str(caught[0].message)
 
 
+@pytest.mark.parametrize(
+    ("counts", "right_percent", "is_doubtful"),
+    [
+        ([10] * 5, 36, True), ([10] * 5, 38, False),  # 20 % and three deviations of that of 50 images
+        ([1000] * 5, 23, False), ([1000] * 5, 21, True),
+        ([45, 5], 94, True), ([45, 5], 96, False),  # halfway to all of them, where no three deviations are left
+        ([FEWEST // 2 - 1] * 2, 0, False), ([FEWEST // 2] * 2, 0, True),
+    ],
+)  # fmt: skip
+def test_chance_is_what_the_most_frequent_class_gives(train_digits, counts, right_percent, is_doubtful):
+    torch.manual_seed(0)
+    graph = ComputationGraph(mlp([16]))
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = train_digits.images[:50].repeat(len(labels) // 50 + 1, 1, 1, 1)[: len(labels)]
+    found = doubt(graph, images, labels, right_percent)
+    assert (found is not None) == is_doubtful
+    assert not is_doubtful or found.startswith(f"{right_percent} % of the images held out are right, and ")
+
+
 @pytest.mark.parametrize("build", [TargetCNN, lambda: mlp([16]), lambda: cnn([4, 8], 16)])
-def test_a_network_that_is_written_well_gives_none_and_stays_as_it_is_written(synthesizer, build):
+def test_a_network_that_is_written_well_gives_none_and_stays_as_it_is_written(train_digits, build):
     network = build().train()
     with warnings.catch_warnings(action="error"):
-        synthesizer.write(network, seed=0)
+        write(network, *train_digits[:300], seed=0)
     assert network.training and all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -78,18 +99,14 @@ def test_the_command_warns_in_one_line(tmp_path, monkeypatch, capsys):
         "    def forward(self, x):\n"
         "        return self.out(self.one(x.flatten(1)).clamp(0, 0))\n"
     )
-    options = ["--model", f"{tmp_path / 'net.py'}:Net", "--out", str(tmp_path / "w.pth"), "--device", "cpu"]
+    options = ["--model", f"{tmp_path / 'net.py'}:Net", "--out", str(tmp_path / "w.pth"), "--limit", "100"]
+    options += ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["universal", *options])
     command.main()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path / 'net.py'}:Net: out: is dead")
 
 
-def test_what_is_no_module_and_no_steps_are_refused(synthesizer):
+def test_what_is_no_module_is_refused(train_digits):
     with pytest.raises(TypeError, match=r"a str cannot be written: give a torch\.nn\.Module"):
-        synthesizer.write("x")
-    network = mlp([4])
-    before = network[1].weight.clone()
-    with pytest.raises(ValueError, match="0 steps write nothing"):
-        synthesizer.write(network, steps=0)
-    assert torch.equal(network[1].weight, before)
+        write("x", *train_digits[:20])

@@ -12,20 +12,18 @@ from torch import nn
 
 from scripting import UserError
 from target_cnn import flatten_weights, score
-from universal import GraphWeightSynthesizer, evaluate, load_synthesizer
+from universal import load_synthesizer, synthesize, write
 from universal.evaluation.networks import EVALUATED, ResidualBlock, VisionTransformer, cnn, mlp
 from universal.mnist import IMAGE_SHAPE
 from universal.model import algebra
 from universal.model.algebra import InverseSquareRoot, decorrelate
 from universal.model.description import cosines_of
-from universal.model.synthesizer import SYNTHESIZER, random_weights, save_synthesizer
-from universal.model.writing import NeuronRows
-from universal.reading.graph import ComputationGraph
+from universal.model.synthesizer import SYNTHESIZER, default_synthesizer, fresh_init, random_weights, save_synthesizer
+from universal.model.writing import NeuronRows, Writing
+from universal.reading.graph import ComputationGraph, in_fastest_layout
 from universal.training.architectures import Tokens
 from universal.training.blocks import Concatenation, Gain, Gate, Sum, Transposed
 
-TRAINING = ["-m", "universal.train", "--probes", "20", "--batch-size", "32", "--validation", "500", "--device", "cpu"]
-PROBES = "experts.0.task.probes"
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 
 
@@ -72,6 +70,7 @@ def deep_in_channels() -> nn.Module:
     )  # fmt: skip
 
 
+IN_COLOUR = torch.randn(2, 3, 28, 28)
 STATISTICS = ("running_mean", "running_var")
 
 
@@ -183,6 +182,16 @@ def permuted(weights: dict, groups: list, seed: int) -> dict:
     return weights
 
 
+def write_learned(synthesizer, graph: ComputationGraph, data, seed: int) -> dict:
+    """What the learned layers write in place of all before the last, from a fresh init: by name."""
+    with torch.no_grad():
+        probes = synthesizer.probes(data.images, F.one_hot(data.labels, 10).float())
+        written = Writing(synthesizer, graph, fresh_init(graph, seed, "cpu"), probes).write_up_to(graph.last)
+        for name, tensor in written.items():
+            graph.state()[name].copy_(tensor)
+    return written
+
+
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 
@@ -192,70 +201,74 @@ def double_synthesizer():
     return load_synthesizer().double()
 
 
-@pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_permuted_neurons_are_written_permuted(double_synthesizer, name, step):
+def test_permuted_neurons_are_written_permuted(double_synthesizer, train_digits, name):
     build, groups = NETWORKS[name]
-    synthesizer = double_synthesizer
-    graph = ComputationGraph(build())
-    own = graph.weights()
-    weights = {key: value.double() for key, value in (own | random_weights(graph, 0)).items()}
-    written = set(graph.written) - set(graph.counters)
+    graph = ComputationGraph(build(), IN_COLOUR if "three" in name else None)
+    images = train_digits.images[:60].double().expand(-1, graph.channels if "three" in name else 1, -1, -1)
+    probes = double_synthesizer.probes(images, F.one_hot(train_digits.labels[:60], 10).double())
+    own, last = graph.weights(), {part.name for part in graph.last.parts}
+
+    def written(seed: int, change=lambda weights: weights) -> dict:
+        weights = {key: value.double() for key, value in (own | random_weights(graph, seed)).items()}
+        return Writing(double_synthesizer, graph, change(weights), probes).write_up_to(graph.last)
+
     with torch.no_grad():
-        straight = synthesizer(graph, weights, step)
-        assert set(straight) == written
-        straight = permuted(straight, groups, seed=1)
-        crossed = synthesizer(graph, permuted(weights, groups, seed=1), step)
-        other = synthesizer(graph, {k: v.double() for k, v in (own | random_weights(graph, 1)).items()}, step)
-    for key in written:
+        straight, other = written(0), written(1)
+        crossed = written(0, lambda weights: permuted(weights, groups, seed=1))
+    hidden = [(rows, [name for name in columns if name not in last]) for rows, columns in groups]
+    straight = permuted(straight, hidden, seed=1)
+    for key in straight:
         torch.testing.assert_close(crossed[key], straight[key], rtol=1e-6, atol=1e-7)
-    assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in written)  # it reads the init
+    assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in straight)  # it reads the init
 
 
-def test_a_last_layer_without_a_bias_prefers_no_class(synthesizer, digits):
+def test_a_last_layer_without_a_bias_prefers_no_class(train_digits, digits):
     network = cnn([16, 32], 64)
     network[9] = nn.Linear(64, 10, bias=False)
-    network = synthesizer.synthesize(network, seed=0)
+    network = synthesize(network, *train_digits[:300], seed=0)
     with torch.no_grad():
         logits = network(digits.images[:500])
-    assert score(network, digits[:500]).accuracy_percent > 95  # 58 if nothing is done about it
+    assert score(network, digits[:500]).accuracy_percent > 90
     assert logits.mean(0).std() < 0.3 * logits.std()
 
 
-def test_what_follows_the_classes_lets_them_pass(synthesizer, digits):
-    head = [nn.Conv2d(32, 10, 1), nn.ReLU(), *CLASSES]  # as SqueezeNet ends
+@pytest.mark.parametrize("function", [nn.ReLU(), nn.Softplus()])
+def test_what_follows_the_classes_lets_them_pass(train_digits, digits, function):
+    head = [nn.Conv2d(32, 10, 1), function, *CLASSES]  # as SqueezeNet ends
     body = [nn.Conv2d(1, 16, 3, 2), nn.ReLU(), nn.Conv2d(16, 32, 3, 2), nn.ReLU()]
-    network = synthesizer.synthesize(nn.Sequential(*body, *head), seed=0)
+    network = synthesize(nn.Sequential(*body, *head), *train_digits[:300], seed=0)
     with torch.no_grad():
-        assert (nn.Sequential(*network[:5])(digits.images[:100]) > 0).float().mean() > 0.9
+        assert (network[:5](digits.images[:100]) > 0).float().mean() > 0.98
+    assert score(network, digits[:1000]).accuracy_percent > 55  # below 30 if nothing is done about it
 
 
-def test_what_has_an_upper_end_too_gets_no_such_bias(synthesizer, digits):
-    network = synthesizer.synthesize(nn.Sequential(nn.Conv2d(1, 10, 3, 2), nn.Hardtanh(), *CLASSES), seed=0)
-    with torch.no_grad():
-        assert network[0](digits.images[:100]).mean().abs() < 0.5
+@pytest.mark.parametrize("function", [nn.Hardtanh(), nn.Sigmoid(), nn.Softmax(1)])
+def test_what_has_an_upper_end_too_gets_no_such_bias(train_digits, function):
+    plain, network = (
+        synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 10), last), *train_digits[:300], seed=0)
+        for last in (nn.Identity(), function)
+    )
+    torch.testing.assert_close(network[1].bias, plain[1].bias)
 
 
-def test_gains_bring_their_neurons_to_one_scale(synthesizer):
+def test_gains_bring_their_neurons_to_one_scale(synthesizer, train_digits):
     gain = Gain(8, 1e-6)
     inner = nn.Sequential(nn.Linear(8, 8), nn.GELU(), gain)
     network = nn.Sequential(nn.Conv2d(1, 8, 4, 4), Sum(Transposed(inner)), *CLASSES, nn.Linear(8, 10))
     graph = ComputationGraph(network)
-    accounts = synthesizer.fill(graph, seed=0)
-    assert "1.inner.inner.2.gain" in accounts.written and accounts.left == []
+    write_learned(synthesizer, graph, train_digits[:60], seed=0)
     deviations = []
     gain.register_forward_hook(
         lambda _, inputs, output: deviations.extend(t.flatten(0, -2).std(0) for t in (*inputs, output))
     )
     with torch.no_grad():
-        network(
-            synthesizer.merged(synthesizer.shares(graph))["task.probes"][: synthesizer.settings["convolution_probes"]]
-        )
+        network(train_digits.images[:60])
     before, after = deviations
     assert after.max() / after.min() < 1.25 < before.max() / before.min()
 
 
-def test_gains_of_maps_are_written_along_their_channels(synthesizer):
+def test_gains_of_maps_are_written_along_their_channels(train_digits):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -265,31 +278,43 @@ def test_gains_of_maps_are_written_along_their_channels(synthesizer):
             return x * self.gain
 
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), Scaled(), nn.Flatten(), nn.Linear(4 * 676, 10))
-    assert "2.gain" in synthesizer.write(network, seed=0).written
+    assert "2.gain" in write(network, *train_digits[:300], seed=0).written
     gains = network[2].gain.flatten()
     assert network[2].gain.shape == (1, 4, 1, 1) and gains.unique().numel() == 4 and (gains > 0.01).all()
 
 
-def test_pixels_keep_their_scales(synthesizer):
+def test_pixels_keep_their_scales(synthesizer, train_digits):
     network = nn.Sequential(nn.Flatten(), Gain(784, 0.7), nn.Linear(784, 10))
-    graph = ComputationGraph(network)
-    with torch.no_grad():
-        assert (synthesizer(graph, graph.weights())["1.gain"] == 1).all()
+    assert (write_learned(synthesizer, ComputationGraph(network), train_digits[:60], seed=0)["1.gain"] == 1).all()
 
 
-def test_keys_say_what_neurons_answer_to_the_probes():
-    expert = load_synthesizer().experts[2]  # for convolutions
+def test_keys_say_what_neurons_answer_to_the_probes(train_digits):
+    synthesizer = load_synthesizer()
     graph = ComputationGraph(cnn([8, 8], 12))
-    weights = random_weights(graph, 0)
+    knowing = write_learned(synthesizer, graph, train_digits[:60], seed=0)
     with torch.no_grad():
-        knowing = expert(graph, weights)
-        expert.seen.weight.zero_()
-        blind = expert(graph, weights)
-    first, second = (graph.layers[index].weight.name for index in (0, 1))
-    norms = [knowing[name].norm() for name in (first, second)]
-    one, other = (knowing[name] / norm for name, norm in zip((first, second), norms, strict=True))
-    torch.testing.assert_close(blind[first] / blind[first].norm(), one, rtol=1e-4, atol=1e-6)
-    assert (blind[second] / blind[second].norm() - other).norm() > 0.01
+        synthesizer.seen.weight.zero_()
+    blind = write_learned(synthesizer, graph, train_digits[:60], seed=0)
+    torch.testing.assert_close(blind["0.weight"], knowing["0.weight"])
+    assert (blind["3.weight"] - knowing["3.weight"]).norm() > 1e-3 * knowing["3.weight"].norm()
+
+
+@pytest.mark.parametrize("way", ["images", "labels"])
+def test_what_is_learned_is_written_from_images_and_labels(synthesizer, train_digits, way):
+    graph, few, others = ComputationGraph(cnn([8, 8], 12)), train_digits[:60], train_digits[60:120]
+    changed = others if way == "images" else few._replace(labels=others.labels)
+    one, same, other = (write_learned(synthesizer, graph, some, seed=0) for some in (few, few, changed))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert (other["3.weight"] - one["3.weight"]).norm() > 0.05 * one["3.weight"].norm()
+
+
+def test_classes_may_have_any_numbers(synthesizer, train_digits):
+    graph, few = ComputationGraph(cnn([8, 8], 12)), train_digits[:60]
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    one = write_learned(synthesizer, graph, few, seed=0)
+    other = write_learned(synthesizer, graph, few._replace(labels=order[few.labels]), seed=0)
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -332,16 +357,6 @@ def test_regressions_are_the_same_in_either_form():
     torch.testing.assert_close(few, torch.linalg.solve(normal, features.mT @ targets).mT, rtol=1e-5, atol=1e-8)
 
 
-def test_experts_with_hardly_any_share_are_left_out_where_nothing_learns(synthesizer):
-    shares = torch.tensor([0.0004, 0.3, 0.6996, 0.0])
-    with torch.no_grad():
-        few = synthesizer.merged(shares)
-    name = "key.first.weight"
-    one, other = (dict(synthesizer.experts[index].named_parameters())[name] for index in (1, 2))
-    torch.testing.assert_close(few[name], (0.3 * one + 0.6996 * other) / 0.9996)
-    torch.testing.assert_close(synthesizer.merged(shares)[name], few[name], rtol=0.01, atol=1e-3)
-
-
 @pytest.mark.parametrize("neurons", [1, 30, 100])  # fewer and more than responses
 @pytest.mark.parametrize("groups", [1, 3])
 def test_decorrelated_neurons_are_those_of_the_inverse_square_root(neurons, groups):
@@ -361,8 +376,8 @@ def test_decorrelated_neurons_are_those_of_the_inverse_square_root(neurons, grou
         torch.testing.assert_close(mixed[group], mix @ values[group], rtol=1e-5, atol=1e-6)
 
 
-def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(synthesizer, monkeypatch):
-    """No matrix that is decomposed or solved with is larger than the probes are many."""
+def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(synthesizer, train_digits, monkeypatch):
+    """No matrix that is decomposed or solved with is larger than MOST_ROWS."""
     largest = []
 
     def recording(function):
@@ -374,12 +389,9 @@ def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(synthe
 
     for name in ("eigh", "inv", "cholesky", "solve"):
         monkeypatch.setattr(torch.linalg, name, recording(getattr(torch.linalg, name)))
-    synthesizer.synthesize(mlp([2048]), seed=0)
-    assert len(largest) > 5 and max(largest) <= synthesizer.settings["probes"]
-    largest.clear()
-    wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), *CLASSES, nn.Linear(1024, 10))
-    synthesizer.synthesize(wide, seed=0)
-    assert max(largest) <= algebra.MOST_ROWS
+    wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(), *CLASSES)
+    write_learned(synthesizer, ComputationGraph(wide.append(nn.Linear(1024, 10))), train_digits[:50], seed=0)
+    assert len(largest) > 3 and 50 < max(largest) <= algebra.MOST_ROWS
 
 
 def test_a_sum_of_neurons_has_the_sum_of_their_rows():
@@ -408,45 +420,51 @@ def test_a_small_kernel_is_like_the_middle_of_a_large_one():
     torch.testing.assert_close(small.view(3, 3, -1), large.view(5, 5, -1)[1:4, 1:4])
 
 
-def test_synthesize_fills_the_module_in_place(synthesizer):
+def test_synthesize_fills_the_module_in_place(train_digits):
     network = cnn([8, 8], 16)
     keys, parameters = list(network.state_dict()), list(network.parameters())
-    assert synthesizer.synthesize(network, seed=3) is network
+    assert synthesize(network, *train_digits[:300], seed=3) is network
     assert list(network.state_dict()) == keys
     assert all(one is other for one, other in zip(network.parameters(), parameters, strict=True))
     assert all(parameter.requires_grad and not parameter.is_inference() for parameter in network.parameters())
-    same, other = (flatten_weights(synthesizer.synthesize(cnn([8, 8], 16), seed=seed)) for seed in (3, 4))
+    same, other = (flatten_weights(synthesize(cnn([8, 8], 16), *train_digits[:300], seed=seed)) for seed in (3, 4))
     assert torch.equal(flatten_weights(network), same)
     assert not torch.allclose(same, other)
 
 
-def test_double_precision_by_default_changes_nothing(synthesizer):
-    expected = flatten_weights(synthesizer.synthesize(cnn([4, 8], 12), seed=0))
+def test_double_precision_by_default_changes_nothing(train_digits):
+    def written() -> nn.Module:
+        default_synthesizer.cache_clear()
+        return synthesize(cnn([4, 8], 12), *train_digits[:300], seed=0)
+
+    expected = flatten_weights(written())
     torch.set_default_dtype(torch.float64)
     try:
-        network = synthesizer.synthesize(cnn([4, 8], 12), seed=0)
+        network = written()
     finally:
         torch.set_default_dtype(torch.float32)
     assert network[0].weight.dtype == torch.float64
+    parameters = default_synthesizer(torch.device("cpu")).parameters()
+    assert all(parameter.dtype == torch.float32 for parameter in parameters)
     torch.testing.assert_close(flatten_weights(network).float(), expected, rtol=0.05, atol=0.01)
 
 
-def test_without_a_seed_the_module_s_own_weights_are_the_init(synthesizer):
+def test_without_a_seed_the_module_s_own_weights_are_the_init(train_digits):
     torch.manual_seed(5)
     network = mlp([20])
     again = mlp([20])
     again.load_state_dict(network.state_dict())
-    one, other = synthesizer.synthesize(network), synthesizer.synthesize(again)
+    one, other = synthesize(network, *train_digits[:300]), synthesize(again, *train_digits[:300])
     assert torch.equal(flatten_weights(one), flatten_weights(other))
 
 
-def test_every_parameter_is_written_or_left_and_named(synthesizer):
+def test_every_parameter_is_written_or_left_and_named(train_digits):
     torch.manual_seed(0)
     blocks = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]
     network = Tokens(IMAGE_SHAPE, 7, 8, blocks, 10, places=True, class_token=True, norm=False)
     network.dead = nn.BatchNorm1d(3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    accounts = synthesizer.write(network)
+    accounts = write(network, *train_digits[:300])
     assert sorted(accounts.written + accounts.left) == sorted(before)
     assert accounts.left == ["first", *(f"dead.{name}" for name in network.dead.state_dict())]
     after = network.state_dict()
@@ -454,26 +472,26 @@ def test_every_parameter_is_written_or_left_and_named(synthesizer):
     assert not any(torch.equal(after[name], before[name]) for name in accounts.written)
 
 
-def test_norms_give_in_evaluation_what_they_give_in_training(synthesizer, digits):
+def test_norms_give_in_evaluation_what_they_give_in_training(train_digits, digits):
     def build():
         return nn.Sequential(
             nn.Conv2d(1, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, 2, 1), nn.BatchNorm2d(24),
             nn.ReLU(), nn.Flatten(), nn.Linear(1176, 10),
         )  # fmt: skip
 
-    network = synthesizer.synthesize(build(), seed=0)
+    network = synthesize(build(), *train_digits[:300], seed=0)
     fresh = build()
     fresh.load_state_dict(network.state_dict())
     few = digits[:500]
     at_once, one_by_one = (score(fresh, few, batch_size=size) for size in (500, 5))
     assert torch.equal(at_once.wrong, one_by_one.wrong)
-    assert at_once.accuracy_percent > 96
+    assert at_once.accuracy_percent > 85
     with torch.inference_mode():
         trained = [network.train()(images).argmax(1) for images in few.images.split(250)]  # by the images' statistics
-    assert (torch.cat(trained) == few.labels).float().mean() > 0.96
+    assert (torch.cat(trained) == few.labels).float().mean() > 0.85
 
 
-def test_a_layer_that_is_used_again_is_written_once(synthesizer, digits):
+def test_a_layer_that_is_used_again_is_written_once(train_digits, digits):
     class Again(nn.Module):
         def __init__(self):
             super().__init__()
@@ -485,18 +503,18 @@ def test_a_layer_that_is_used_again_is_written_once(synthesizer, digits):
     torch.manual_seed(0)
     network = Again()
     graph, seen = ComputationGraph(network), []
-    probes = synthesizer.task.probes[:50]
+    probes = train_digits.images[:50]
     with torch.no_grad():
         graph.write(
             probes, graph.weights(), lambda call, inputs: (seen.append(call.name), call.of(graph.weights(), inputs))[1]
         )
     assert seen == ["first", "again", "out"]
-    synthesizer.synthesize(network, seed=0)
-    assert score(network, digits[:1000]).accuracy_percent > 60
+    synthesize(network, *train_digits[:300], seed=0)
+    assert score(network, digits[:1000]).accuracy_percent > 50
 
 
 @pytest.mark.parametrize("way", ["folded", "places first", "windows"])
-def test_probes_may_lie_on_any_axis_or_be_folded_with_places(synthesizer, digits, way):
+def test_probes_may_lie_on_any_axis_or_be_folded_with_places(train_digits, digits, way):
     class Rows(nn.Module):
         """A linear layer for each row, or convolution for each window, and logits that are averaged over them."""
 
@@ -520,21 +538,21 @@ def test_probes_may_lie_on_any_axis_or_be_folded_with_places(synthesizer, digits
             return self.out(self.hidden(x).relu()).mean(1)
 
     if way == "windows":  # written once, from the first of them or from all
-        network = synthesizer.synthesize(Rows(way), seed=0)
+        network = synthesize(Rows(way), *train_digits[:300], seed=0)
         assert score(network, digits[:1000]).accuracy_percent > 25
         return
-    plain, other = (synthesizer.synthesize(Rows(name), seed=0) for name in ("plain", way))
+    plain, other = (synthesize(Rows(name), *train_digits[:300], seed=0) for name in ("plain", way))
     for one, same in zip(plain.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, same, rtol=0.02, atol=2e-3)
 
 
-def test_a_last_convolution_that_covers_the_maps_is_a_linear_layer(synthesizer, digits):
+def test_a_last_convolution_that_covers_the_maps_is_a_linear_layer(train_digits, digits):
     network = nn.Sequential(nn.Conv2d(1, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, 10, 12), nn.Flatten())
-    synthesizer.synthesize(network, seed=0)
+    synthesize(network, *train_digits[:300], seed=0)
     assert score(network, digits[:1000]).accuracy_percent > 80
 
 
-def test_infinite_masks_are_left_alone_and_nan_is_never_written(synthesizer):
+def test_infinite_masks_are_left_alone_and_nan_is_never_written(train_digits):
     class Masked(nn.Module):
         def __init__(self, function):
             super().__init__()
@@ -546,44 +564,42 @@ def test_infinite_masks_are_left_alone_and_nan_is_never_written(synthesizer):
             x = self.function(x[:, 0])
             return self.out(self.norm(((x @ x.mT + self.mask).softmax(-1) @ self.hidden(x)).flatten(1)))
 
-    network = synthesizer.synthesize(Masked(lambda x: x), seed=0)
+    network = synthesize(Masked(lambda x: x), *train_digits[:300], seed=0)
     assert all(parameter.isfinite().all() for parameter in network.parameters())
-    network = Masked(lambda x: (x + 0.5).sqrt())  # of real pixels it can be taken
+    network = Masked(lambda x: (x - 2).sqrt())  # of random pixels it can be taken
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(ValueError, match="cannot be written: the network makes NaN or infinite values of the synth"):
-        synthesizer.synthesize(network, seed=0)
+    with pytest.raises(ValueError, match="Masked: cannot be written: what reaches one of its layers is beyond"):
+        synthesize(network, *train_digits[:300], seed=0)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-def test_nan_and_too_many_classes_are_refused(synthesizer):
+def test_nan_and_too_many_classes_are_refused(train_digits):
     network = mlp([20])
     with torch.no_grad():
         network[1].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"1\.weight: holds NaN"):
-        synthesizer.synthesize(network)
+        synthesize(network, *train_digits[:300])
     with torch.inference_mode():
-        made = synthesizer.synthesize(mlp([20]), seed=0)
+        made = synthesize(mlp([20]), *train_digits[:300], seed=0)
     with pytest.raises(ValueError, match=r"1\.weight: was made in inference mode"):
-        synthesizer.synthesize(made, seed=0)
-    with pytest.raises(
-        ValueError, match=r"has 11 classes of .* trained for 10 at most, of inputs of shape \[1, 28, 28\]"
-    ):
-        synthesizer.synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 11)), seed=0)
+        synthesize(made, *train_digits[:300], seed=0)
+    with pytest.raises(ValueError, match="a label is 9, but Sequential has 9 outputs"):
+        synthesize(nn.Sequential(nn.Flatten(), nn.Linear(784, 9)), *train_digits[:300], seed=0)
 
 
 @pytest.mark.parametrize(
     ("name", "least"),
-    [("TargetCNN", 98.0), ("MLP 784-256-128-10", 97.0), ("5 convolutions", 97.0), ("BatchNorm, 4 convolutions", 98.0)],
-)
-def test_the_committed_synthesiser_writes_networks_it_never_saw(synthesizer, digits, name, least):
-    network = synthesizer.synthesize(EVALUATED[name](), seed=1234)
+    [("TargetCNN", 89.0), ("MLP 784-256-128-10", 75.0), ("5 convolutions", 90.0), ("BatchNorm, 4 convolutions", 91.0)],
+)  # of convolutions that rules alone write: 84 to 86
+def test_the_committed_synthesiser_writes_networks_it_never_saw(train_digits, digits, name, least):
+    network = synthesize(EVALUATED[name](), *train_digits[:300], seed=1234)
     assert score(network, digits).accuracy_percent > least
 
 
 @pytest.mark.parametrize("name", ["TargetCNN", "5 convolutions", "MLP 784-256-128-10"])
-def test_hidden_neurons_are_on_for_some_images_and_off_for_others(synthesizer, digits, name):
-    graph = ComputationGraph(EVALUATED[name]())
-    on = {}
+def test_hidden_neurons_are_on_for_some_images_and_off_for_others(train_digits, digits, name):
+    graph, on = ComputationGraph(synthesize(EVALUATED[name](), *train_digits[:300], seed=1)), {}
+    weights = graph.weights()
 
     def respond(layer, inputs):
         outputs = layer.of(weights, inputs)
@@ -591,17 +607,19 @@ def test_hidden_neurons_are_on_for_some_images_and_off_for_others(synthesizer, d
         return outputs
 
     with torch.inference_mode():
-        weights = synthesizer(graph, random_weights(graph, seed=1))
         graph.write(digits.images[:300], {}, respond)
     del on[graph.last.name]
     assert all(0.2 < share < 0.9 for share in on.values()), on
 
 
-def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):
-    few = digits[digits.labels < 5]
+def test_it_writes_three_channels_and_fewer_classes(train_digits, digits):
+    def in_colour(data, count: int):
+        few = data[data.labels < 5][:count]
+        return few._replace(images=few.images.expand(-1, 3, -1, -1))
+
     network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16 * 13 * 13, 5))
-    synthesizer.synthesize(network, seed=0)
-    assert score(network, few._replace(images=few.images.expand(-1, 3, -1, -1))).accuracy_percent > 95
+    synthesize(network, *in_colour(train_digits, 300), seed=0)
+    assert score(network, in_colour(digits, 1000)).accuracy_percent > 92
 
 
 # ---- its file -------------------------------------------------------------------------------------------------------
@@ -612,7 +630,7 @@ def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "not a saved synthesiser"),
-        (lambda path: resave(path, version=7), "of version 7, but this code reads version 8"),
+        (lambda path: resave(path, version=8), "of version 8, but this code reads version 9"),
         (lambda path: resave(path, settings={"probes": 10}), "a damaged synthesiser"),
         (lambda path: resave(path, state_dict={}), "a damaged synthesiser"),
         (lambda path: path.unlink(), "no such file: run python -m universal.train"),
@@ -621,7 +639,7 @@ def test_it_writes_three_channels_and_fewer_classes(synthesizer, digits):
 )
 def test_a_broken_synthesiser_file_is_refused(tmp_path, spoil, reason):
     path = tmp_path / "synthesizer.pth"
-    save_synthesizer(GraphWeightSynthesizer(probes=20), path)
+    save_synthesizer(small_synthesizer(0), path)
     load_synthesizer(path)
     spoil(path)
     with pytest.raises(UserError, match=rf"{re.escape(str(path))}: .*{reason}"):
@@ -633,19 +651,18 @@ def resave(path: Path, **changes) -> None:
 
 
 def test_nan_in_a_synthesiser_file_is_refused(tmp_path):
-    synthesizer = GraphWeightSynthesizer(probes=20)
+    synthesizer = small_synthesizer(0)
     with torch.no_grad():
-        synthesizer.task.probes[0] = float("nan")
+        synthesizer.image_keys[0] = float("nan")
     save_synthesizer(synthesizer, tmp_path / "nan.pth")
     with pytest.raises(UserError, match=r"nan\.pth: holds NaN"):
         load_synthesizer(tmp_path / "nan.pth")
 
 
 def test_files_are_in_8_bits_and_small(tmp_path):
-    synthesizer = small_synthesizer(0, tunable=True)
+    synthesizer = small_synthesizer(0)
     with torch.no_grad():
-        synthesizer.tuning.offsets.uniform_(-3, 3)
-        synthesizer.experts[0].reader.kernels.weight[2] *= 1000  # which its neighbours must not suffer from
+        synthesizer.reader.kernels.weight[2] *= 1000  # which its neighbours must not suffer from
     save_synthesizer(synthesizer, tmp_path / "saved.pth")
     content = torch.load(tmp_path / "saved.pth", weights_only=True)
     size = sum(tensor.numel() for tensor in synthesizer.state_dict().values())
@@ -654,12 +671,10 @@ def test_files_are_in_8_bits_and_small(tmp_path):
     for name, tensor in load_synthesizer(tmp_path / "saved.pth").state_dict().items():
         saved = synthesizer.state_dict()[name]
         rows = saved.flatten(1).abs().amax(1) if saved.dim() > 1 else saved.abs().max()
-        allowed = 0.001 if name == "tuning.offsets" else 0.0045
+        allowed = 0.0045
         difference = (tensor - saved).abs()
         assert ((difference.flatten(1).amax(1) if saved.dim() > 1 else difference.max()) <= allowed * rows + 1e-6).all()
-    for path in (SYNTHESIZER, SYNTHESIZER.with_name("ternary.pth")):
-        assert path.stat().st_size < 12e6
-        assert len(load_synthesizer(path).experts) > 1
+    assert SYNTHESIZER.stat().st_size < 12e6
 
 
 def test_networks_run_in_either_layout():
@@ -668,4 +683,4 @@ def test_networks_run_in_either_layout():
         torch.manual_seed(0)
         network = EVALUATED[name]().eval()
         expected = network(images)
-        torch.testing.assert_close(evaluate.in_fastest_layout(network, images)(images), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(in_fastest_layout(network, images)(images), expected, rtol=1e-3, atol=1e-4)

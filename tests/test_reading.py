@@ -745,7 +745,7 @@ def test_a_linear_layer_over_patches_is_a_convolution(how):
     for name in ("side", "resolution", "positions"):
         assert getattr(linear, name) == getattr(convolution, name), name
     graphs = [ComputationGraph(Patches(way)) for way in ("convolution", how)]
-    assert torch.equal(*(description_of(graph.layers[0], graph, 0) for graph in graphs))
+    assert torch.equal(*(description_of(graph.layers[0], graph) for graph in graphs))
     # The same kernel, in the one's order of features and in the other's, computes the same.
     kernels = torch.randn(8, 1, 49)
     networks = Patches("convolution"), Patches(how)

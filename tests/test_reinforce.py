@@ -12,21 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, small_synthesizer
+from conftest import REPOSITORY
 from torch import nn
 
 import scripting
-from target_cnn import scoring_data, training_data
-from universal import load_synthesizer
+from target_cnn import Dataset, scoring_data, training_data
+from universal import GraphWeightSynthesizer, load_synthesizer
 from universal.evaluation.networks import mlp
 from universal.model.synthesizer import save_synthesizer
-from universal.model.tuning import SLOPES, SPREAD
+from universal.model.tuning import SLOPES, SPREAD, Tuning
 from universal.reading.graph import ComputationGraph, Logits
 from universal.reinforce import candidates, evaluate, reinforcement
 from universal.reinforce.__main__ import main
 from universal.reinforce.candidates import draw_trials, try_candidate, with_tuning, written
 from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
 from universal.reinforce.search import CovarianceSearch, ranks
+from universal.rules.synthesis import write
 from universal.training.architectures import parameter_shapes
 
 NET = """
@@ -79,7 +80,8 @@ def noise(network):
 def small_file(tmp_path_factory) -> Path:
     """A small untrained synthesiser to search from."""
     path = tmp_path_factory.mktemp("synthesizer") / "small.pth"
-    save_synthesizer(small_synthesizer(0), path)
+    torch.manual_seed(0)
+    save_synthesizer(GraphWeightSynthesizer(dimension=16, concepts=16, rank=4, hidden=32), path)
     return path
 
 
@@ -92,6 +94,7 @@ def users(tmp_path, monkeypatch, digits, small_file) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reinforcement, "training_data", lambda *_: digits[200:])
     monkeypatch.setattr(reinforcement, "scoring_data", lambda *_: digits[:200])
+    monkeypatch.setattr(reinforcement, "REPORTED_INITS", 1)
     return tmp_path
 
 
@@ -99,6 +102,28 @@ def users(tmp_path, monkeypatch, digits, small_file) -> Path:
 def tunable(synthesizer):
     """The committed synthesiser, with the numbers that a search sets. To be changed."""
     return with_tuning(synthesizer).eval()
+
+
+@pytest.fixture
+def tuning() -> Tuning:
+    """The numbers that a search sets, alone and without gradients. To be changed."""
+    return Tuning().requires_grad_(False)
+
+
+def small_network(groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, groups=groups), nn.ReLU(),
+                         nn.Flatten(), nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
+
+
+def weights_by(synthesizer: GraphWeightSynthesizer, network: nn.Module, data: Dataset) -> dict[str, torch.Tensor]:
+    """What is written from a few of the images, by name."""
+    write(network, *data[:200], seed=1, synthesizer=synthesizer)
+    return copy.deepcopy(network.state_dict())
+
+
+def set_offset(tuning: Tuning, name: str, value: float, kind: int = 0) -> None:
+    with torch.no_grad():
+        tuning.offsets[SPREAD.index(name), kind] = value
 
 
 # ---- roundings -------------------------------------------------------------------------------------------------------
@@ -144,45 +169,111 @@ def test_only_matrices_are_rounded():
 # ---- the numbers that are searched -----------------------------------------------------------------------------------
 
 
-def test_without_offsets_nothing_changes(synthesizer, tunable):
-    torch.manual_seed(0)
-    for network in (nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4056, 10)), mlp([9])):
-        expected = copy.deepcopy(synthesizer.synthesize(network, 1).state_dict())
-        for name, tensor in tunable.synthesize(network, 1).state_dict().items():
-            assert torch.allclose(tensor, expected[name], rtol=1e-2, atol=1e-3)
+def test_without_offsets_nothing_changes(synthesizer, tunable, digits):
+    network = small_network()
+    expected = weights_by(synthesizer, network, digits)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_by(tunable, network, digits).items())
+
+
+def test_a_frozen_layer_is_not_tuned(tunable, digits):
+    network = small_network()
+    network[0].weight.requires_grad_(False)
+    before = weights_by(tunable, network, digits)
+    set_offset(tunable.tuning, "slope_from_0.5", 2.0, kind=2)  # of the first layer
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_by(tunable, network, digits).items())
 
 
 @pytest.mark.parametrize("flat", [0, 3])
-def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(tunable, flat):
+def test_a_compander_is_odd_and_monotone_and_flat_where_its_slope_is_small(tuning, flat):
     layer = ComputationGraph(mlp([4])).layers[0]
-    tuning = tunable.tuning
     weight, inputs = torch.linspace(-3, 3, 4 * 784).view(4, 784), torch.randn(5, 784)
-    with torch.no_grad():
-        assert torch.allclose(tuning.spread(layer, weight, inputs), weight, rtol=1e-4)
-        tuning.offsets[tuning.names.index(SLOPES[flat]), 0] = -5
-        companded = tuning.spread(layer, weight, inputs)
-        assert torch.allclose(tuning.spread(layer, -weight, inputs), -companded)
+    assert torch.allclose(tuning.spread(layer, weight, inputs), weight, rtol=1e-4)
+    set_offset(tuning, SLOPES[flat], -5)
+    companded = tuning.spread(layer, weight, inputs)
+    assert torch.allclose(tuning.spread(layer, -weight, inputs), -companded)
     order = weight.flatten(1).argsort(1)
     steps = companded.gather(1, order).diff()
     assert (steps >= 0).all()
     assert 0.005 < steps.min() / steps.max() < 0.01  # e ** -5
 
 
-def test_a_compander_can_bring_every_layer_near_three_values(tunable):
-    network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2), nn.ReLU(), nn.Flatten(),
-                            nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
+def near_three_values(tuning: Tuning) -> None:
+    with torch.no_grad():
+        tuning.offsets[-len(SLOPES) :, 0] = -5.0
+    set_offset(tuning, "slope_from_0.5", 2.0)
+
+
+def test_a_compander_can_bring_every_layer_near_three_values(tunable, digits):
+    network = small_network()
 
     def errors():
-        weights = [parameter for parameter in tunable.synthesize(network, 1).parameters() if parameter.dim() > 1]
+        weights = [weight for weight in weights_by(tunable, network, digits).values() if weight.dim() > 1]
         return [((ROUNDINGS["ternary"](weight) - weight).norm() / weight.norm()).item() for weight in weights]
 
     before = errors()
-    with torch.no_grad():
-        tunable.tuning.offsets[-len(SLOPES) :, 0] = -5.0
-        tunable.tuning.offsets[tunable.tuning.names.index("slope_from_0.5"), 0] = 2.0
+    near_three_values(tunable.tuning)
     after = errors()
     assert max(after) < 0.25
     assert all(error < 0.7 * old for error, old in zip(after, before, strict=True))
+
+
+def test_what_is_written_afterwards_makes_up_for_a_tuned_layer(tunable, digits):
+    """Rounded afterwards, the same hidden layers, of few neurons, spoil the classes."""
+    network, data = mlp([16, 16]), digits[:500]
+
+    def right(network):
+        return (network(data.images).argmax(1) == data.labels).float().mean().item()
+
+    write(network, *data, seed=1, synthesizer=tunable)
+    rounded = copy.deepcopy(network)
+    for place in (1, 3):
+        rounded[place].weight.data.copy_(ROUNDINGS["ternary"](rounded[place].weight.data))
+    before, spoiled = right(network), right(rounded)
+    near_three_values(tunable.tuning)
+    tunable.tuning.offsets.data[:, 3] = -tunable.tuning.offsets.data[:, 0]  # but of the last layer
+    write(network, *data, seed=1, synthesizer=tunable)
+    assert right(network) > (before + spoiled) / 2
+
+
+def test_a_norm_is_written_for_what_the_tuned_layer_gives(tunable, digits):
+    network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, 2), nn.ReLU(),
+                            nn.Flatten(), nn.Linear(144, 10))  # fmt: skip
+    set_offset(tunable.tuning, "evenness", -2.0)
+    weights_by(tunable, network, digits)
+    first, outputs = (part.eval()(digits[:200].images) for part in (network[0], network[:2]))
+    spreads = [values.movedim(1, 0).flatten(1).std(1) for values in (first, outputs)]
+    assert spreads[0].max() > 1.5 * spreads[0].min() and spreads[1].max() < 1.2 * spreads[1].min()
+
+
+def responses_of(layer, inputs, weight, bias) -> torch.Tensor:
+    return layer(inputs, weight, bias).movedim(layer.axis, -1).flatten(0, -2)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("evenness", [0.0, 2.0])
+def test_responses_keep_their_means_and_deviations(tuning, digits, place, evenness):
+    graph = ComputationGraph(small_network(2))
+    layer, images = graph.layers[place], digits[:100].images
+    inputs = graph.inputs_of(layer, images, graph.weights())
+    weight, bias = (part.of(graph.weights()) for part in (layer.weight, layer.bias))
+    weight = weight * torch.arange(1, 1 + len(weight)).view(-1, *[1] * (weight.dim() - 1))
+    for number, value in (("relevance", 1.0), (SLOPES[2], 2.0), (SLOPES[5], -2.0), ("evenness", evenness)):
+        set_offset(tuning, number, value)
+    before = responses_of(layer, inputs, weight, bias)
+    after = responses_of(layer, inputs, *tuning.tuned(layer, inputs, weight, bias))
+    alone = responses_of(layer, inputs, tuning.tuned(layer, inputs, weight, None)[0], None)
+    assert not torch.allclose(after, before, rtol=0.1, atol=0.1 * before.std().item())
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(alone.std(0), after.std(0), **close)
+    if layer.last:
+        torch.testing.assert_close(after.mean(0), before.mean(0), **close)
+        torch.testing.assert_close(after.var(0).mean(), before.var(0).mean(), **close)
+        ratio = after.std(0) / before.std(0)
+        assert ratio.max() > 1.05 * ratio.min()
+        return
+    torch.testing.assert_close(after.mean(0) / after.std(0), before.mean(0) / before.std(0), **close)
+    ratio = after.std(0) / before.std(0)
+    assert ratio.max() > 2 * ratio.min() if evenness else torch.allclose(ratio, torch.ones(()), atol=1e-3)
 
 
 def sizes_of(weight: torch.Tensor) -> torch.Tensor:
@@ -190,61 +281,39 @@ def sizes_of(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(tunable, groups):
-    network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU(), nn.Conv2d(6, 8, 3, 2, groups=groups), nn.ReLU(),
-                            nn.Flatten(), nn.Linear(288, 20), nn.ReLU(), nn.Linear(20, 10))  # fmt: skip
+def test_evenness_makes_the_neurons_of_hidden_layers_equally_large(tunable, digits, groups):
+    network = small_network(groups)
     spreads = []
     for evenness in (-1.0, 0.0, 1.0):
-        with torch.no_grad():
-            tunable.tuning.offsets[tunable.tuning.names.index("evenness"), 0] = evenness
-        sizes = [
-            sizes_of(parameter) for parameter in tunable.synthesize(network, 1).parameters() if parameter.dim() > 1
-        ]
+        set_offset(tunable.tuning, "evenness", evenness)
+        sizes = [sizes_of(weight) for weight in weights_by(tunable, network, digits).values() if weight.dim() > 1]
         spreads.append([(size.std() / size.mean()).item() for size in sizes[:-1]])
     further, before, equal = spreads
     assert max(equal) < 1e-3 < min(before)
     assert all(far > 1.5 * near for far, near in zip(further, before, strict=True))
 
 
-def test_a_neuron_that_is_made_larger_keeps_its_mean_in_deviations(tunable):
-    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 30), nn.ReLU(), nn.Linear(30, 10))
-
-    def means():
-        with torch.no_grad():
-            responses = tunable.synthesize(network, 1)[:2](tunable.task.probes)
-        return responses.mean(0) / responses.std(0)
-
-    before = means()
-    with torch.no_grad():
-        tunable.tuning.offsets[tunable.tuning.names.index("evenness"), 0] = 2.0
-    torch.testing.assert_close(means(), before, rtol=1e-2, atol=1e-2)
-
-
 @pytest.mark.parametrize("groups", [1, 2])
-def test_relevance_gives_large_inputs_large_weights(tunable, groups):
-    graph = ComputationGraph(
-        nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 8, 3, groups=groups), nn.Flatten(), nn.Linear(4608, 10))
-    )
-    layer, tuning = graph.layers[1], tunable.tuning
+def test_relevance_gives_large_inputs_large_weights(tuning, groups):
+    layer = ComputationGraph(small_network(groups)).layers[1]
     inputs = torch.randn(50, 6, 9, 9) * torch.arange(1, 7).view(6, 1, 1)
     weight = torch.ones(8, 6 // groups, 3, 3)
-    with torch.no_grad():
-        tuning.offsets[tuning.names.index("relevance"), 1] = 1.0  # of convolutions
-        spread = tuning.spread(layer, weight, inputs)
+    set_offset(tuning, "relevance", 1.0, kind=1)  # of convolutions
+    spread = tuning.spread(layer, weight, inputs)
     for neuron in range(8):
         first = 0 if groups == 1 or neuron < 4 else 3  # what each half of the neurons reads
         read = torch.arange(1.0, 7.0)[first : first + 6 // groups]
         torch.testing.assert_close(sizes_of(spread[neuron]), read / 3.5, rtol=0.1, atol=0.01)
 
 
-def test_an_offset_is_for_its_kind_of_layer_alone(tunable):
-    graph = ComputationGraph(mlp([9, 8]))
-    before = copy.deepcopy(tunable.synthesize(graph.module, 1).state_dict())
-    with torch.no_grad():
-        tunable.tuning.offsets[tunable.tuning.names.index("slope_from_1.0"), 3] = 2.0
-    after = tunable.synthesize(graph.module, 1).state_dict()
-    ratio = {name: (after[name] / before[name]).flatten() for name in before}
-    assert ratio["1.weight"].std() < 1e-3 < ratio[graph.last.weight.name].std()  # other layers are only rescaled
+def test_an_offset_is_for_its_kind_of_layer_alone(tunable, digits):
+    network = mlp([9, 8])
+    before = weights_by(tunable, network, digits)
+    set_offset(tunable.tuning, "slope_from_1.0", 2.0, kind=3)
+    after = weights_by(tunable, network, digits)
+    ratio = {name: (after[name] / before[name])[before[name] != 0] for name in before}
+    *_, last, _ = before
+    assert ratio["1.weight"].std() < 1e-3 < ratio[last].std()  # other layers are only rescaled
 
 
 # ---- trials ----------------------------------------------------------------------------------------------------------
@@ -252,7 +321,7 @@ def test_an_offset_is_for_its_kind_of_layer_alone(tunable):
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_reward_is_a_number_of_a_small_network(tunable, digits, name):
-    trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=2, images=200)
+    trials = draw_trials(random.Random(0), lambda: mlp([16]), digits[:200], digits[200:], networks=2, images=200)
     offsets = torch.zeros_like(tunable.tuning.offsets)
     good = try_candidate(tunable, offsets, trials, REWARDS[name])
     assert len(good) == 2 and good == try_candidate(tunable, offsets, trials, REWARDS[name])
@@ -269,16 +338,26 @@ def test_a_rounding_is_rewarded_for_the_network_as_it_is_and_rounded(digits):
 
 
 def test_networks_that_break_are_worth_nothing_and_never_rewarded(tunable, digits):
-    trials = draw_trials(random.Random(0), lambda: mlp([16]), digits, networks=1, images=20)
+    trials = draw_trials(random.Random(0), lambda: mlp([16]), digits[:50], digits[50:], networks=1, images=20)
     offsets = torch.zeros_like(tunable.tuning.offsets)
-    offsets[tunable.tuning.names.index("slope_from_0.0")] = 1e3  # whose exponential is infinite
+    offsets[SPREAD.index("slope_from_0.0")] = 1e3  # whose exponential is infinite
     never = Reward(lambda network, images: pytest.fail("rewarded"))
     assert try_candidate(tunable, offsets, trials, never) == [-float("inf")]
 
 
+def test_networks_are_written_from_other_images_than_reward_them(digits):
+    parts = [candidates.parted(digits, 300, seed) for seed in (0, 0, 1)]
+    known, others = parts[0]
+    assert len(known.labels) == 300 and len(others.labels) == len(digits.labels) - 300
+    sums = [set(part.images.double().sum((1, 2, 3)).tolist()) for part in (known, others, digits)]
+    assert not sums[0] & sums[1] and sums[0] | sums[1] == sums[2]
+    again, other = (each[0].images for each in parts[1:])
+    assert torch.equal(known.images, again) and not torch.equal(known.images, other)
+
+
 def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monkeypatch):
     def shapes():
-        drawn = draw_trials(random.Random(1), None, digits, networks=3, images=5)
+        drawn = draw_trials(random.Random(1), None, digits[:50], digits, networks=3, images=5)
         return [parameter_shapes(trial.graph.module) for trial in drawn]
 
     first, *others = shapes()
@@ -287,7 +366,7 @@ def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monke
     assert first not in shapes()
 
 
-def test_a_reward_cannot_spoil_what_is_left_at_its_init(tunable):
+def test_a_reward_cannot_spoil_what_is_left_at_its_init(tunable, digits):
     class Slope(nn.Module):
         def __init__(self):
             super().__init__()
@@ -297,7 +376,7 @@ def test_a_reward_cannot_spoil_what_is_left_at_its_init(tunable):
             return self.out(self.act(self.fc(images.flatten(1))))
 
     graph = ComputationGraph(Slope())
-    network = written(tunable, graph, seed=0)
+    network = written(tunable, graph, 0, digits[:50])
     with torch.no_grad():
         network.module.act.weight.zero_()
     assert (graph.module.act.weight == 0.25).all()
@@ -327,7 +406,7 @@ def test_ranks_are_shared_by_equals_and_blind_to_scale():
 def options_of(users: Path, name: str, reward: str = "my_reward.py:alike") -> list[str]:
     return [
         "--reward", reward, "--synthesizer", "small.pth", "--model", "small_net.py:Net",
-        "--evaluations", "24", "--candidates", "4", "--networks", "1", "--images", "50",
+        "--evaluations", "24", "--candidates", "4", "--networks", "1", "--limit", "50", "--images", "50",
         "--validation", "200", "--report-every", "2",
         "--out", str(users / f"{name}.pth"), "--checkpoint", str(users / f"{name}.state.pth"),
     ]  # fmt: skip
@@ -367,28 +446,25 @@ def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, mon
     assert torch.equal(offsets_in(users / "killed.pth"), offsets_in(users / "whole.pth"))
     whole = offsets_in(users / "whole.pth")
     assert whole.abs().max() > 0.01
-    assert (whole[: -len(SPREAD)] == 0).all()  # without --scalars
 
-    further = ["--synthesizer", "whole.pth", "--deviation", "1e-6", "--evaluations", "4", "--scalars"]
+    further = ["--synthesizer", "whole.pth", "--deviation", "1e-6", "--evaluations", "4"]
     command(monkeypatch, *options_of(users, "further"), *further)
-    moved = offsets_in(users / "further.pth") - whole
-    assert 0 < moved.abs().max() < 1e-4
-    assert (moved[: -len(SPREAD)] != 0).any()
+    assert 0 < (offsets_in(users / "further.pth") - whole).abs().max() < 1e-4
 
 
 def test_candidates_of_a_generation_share_their_randomness_and_no_two_generations_do(users, monkeypatch):
     pytest.importorskip("cmaes")
-    command(monkeypatch, *options_of(users, "noise", "my_reward.py:noise"))
+    command(monkeypatch, *options_of(users, "noise", "my_reward.py:noise"), "--evaluations", "12")
     values = (users / "noise.txt").read_text().split()
-    generations = [values[start : start + 4] for start in range(0, 24, 4)]
-    assert len(values) == 24
+    generations = [values[start : start + 4] for start in range(0, 12, 4)]
+    assert len(values) == 12
     assert all(len(set(generation)) == 1 for generation in generations)
-    assert len(set(values)) == 6
+    assert len(set(values)) == 3
 
 
 def test_two_processes_find_what_one_finds(users, monkeypatch):
     pytest.importorskip("cmaes")
-    options = [*options_of(users, "both", "ternary"), "--evaluations", "8"]
+    options = [*options_of(users, "both", "ternary"), "--evaluations", "4", "--report-every", "1"]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -406,13 +482,13 @@ def test_two_processes_find_what_one_finds(users, monkeypatch):
     ]  # fmt: skip
     printed = [process.communicate(timeout=170) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
-    assert "Evaluation 8/8" in printed[0][0] and not printed[1][0]  # one process reports
+    assert "Evaluation 4/4" in printed[0][0] and not printed[1][0]  # one process reports
     monkeypatch.setattr(reinforcement, "training_data", training_data)  # as the two have them
     monkeypatch.setattr(reinforcement, "scoring_data", scoring_data)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        command(monkeypatch, *options_of(users, "alone", "ternary"), "--evaluations", "8")
+        command(monkeypatch, *options_of(users, "alone", "ternary"), "--evaluations", "4", "--report-every", "1")
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(offsets_in(users / "both.pth"), offsets_in(users / "alone.pth"))
@@ -447,9 +523,15 @@ def test_fewer_evaluations_than_a_generation_takes_get_one_line(users, refusal):
     assert line == "--evaluations 3: --candidates times --networks, 4, are needed"
 
 
+def test_images_that_are_all_written_from_get_one_line(users, refusal):
+    pytest.importorskip("cmaes")
+    line = refusal(main, *options_of(users, "none"), "--limit", 2000)
+    assert line == "--limit 2000: no training images are left for rewards: lower it"
+
+
 def test_an_infinite_reward_is_only_a_bad_one(users, monkeypatch):
     pytest.importorskip("cmaes")
-    command(monkeypatch, *options_of(users, "infinite", "my_reward.py:infinite"))
+    command(monkeypatch, *options_of(users, "infinite", "my_reward.py:infinite"), "--evaluations", "4")
     assert (users / "infinite.pth").exists()
 
 
@@ -471,8 +553,9 @@ def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, tunab
         tunable.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
     save_synthesizer(tunable, users / "after.pth")
     monkeypatch.setattr(evaluate, "NETWORKS", ("TargetCNN", "half width"))
+    monkeypatch.setattr(evaluate, "training_data", lambda *_: digits[200:])
     monkeypatch.setattr(evaluate, "scoring_data", lambda *_: digits[:200])
-    options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1"]
+    options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1", "--limit", "300"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *options, "--device", "cpu"])
     evaluate.main()
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in capsys.readouterr().out.splitlines()}

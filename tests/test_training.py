@@ -19,17 +19,18 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
-from target_cnn import TargetCNN, score
 from universal import load_synthesizer, train
-from universal.evaluation.networks import EVALUATED_SHAPES, cnn, mlp
-from universal.model.synthesizer import random_weights, save_synthesizer
+from universal.evaluation.networks import EVALUATED_SHAPES, mlp
+from universal.model.synthesizer import fresh_init, save_synthesizer
+from universal.model.writing import Writing
 from universal.reading.graph import ComputationGraph
+from universal.rules import judging
 from universal.training import architectures, training
 from universal.training.architectures import ACTIVATIONS, FAMILIES, draw_architecture, parameter_shapes
 from universal.training.blocks import BLOCKS, Maps
+from universal.training.tasks import draw_task
 
-OPTIONS = ["--batch-size", 8, "--validation", 100, "--families", "mlp"]
-SMALL = {"dimension": 32, "concepts": 32, "rank": 8}  # of a synthesiser of which a step is cheap
+OPTIONS = ["--networks", 1, "--families", "rows", "--tasks", "digits"]
 
 
 # ---- what is drawn --------------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_the_sampler_never_returns_what_costs_too_much(monkeypatch):
 @pytest.fixture
 def start(tmp_path) -> list:
     """The option that starts from a small synthesiser."""
-    save_synthesizer(small_synthesizer(0, **SMALL), tmp_path / "small.pth")
+    save_synthesizer(small_synthesizer(0), tmp_path / "small.pth")
     return ["--start-from", tmp_path / "small.pth"]
 
 
@@ -156,17 +157,65 @@ def process(directory: Path, name: str, *options, **environment: str) -> subproc
     )  # fmt: skip
 
 
-def test_training_improves(trained, capsys):
-    options = ["--batch-size", 32, "--validation", 500, "--probes", 40, "--lr", 4e-3]
-    trained("run", *options, "--steps", 24, "--report-every", 8)
-    printed = capsys.readouterr().out
-    accuracies = [
-        float(accuracy) for accuracy in re.findall(r"Accuracy = +(\d+\.\d+)% \(mlp\), Time Left = \d", printed)
-    ]
-    losses = [float(loss) for loss in re.findall(r"Loss = (\d+\.\d+)", printed)]
-    assert len(accuracies) == len(losses) == 3
-    assert accuracies[-1] > accuracies[0] + 10
-    assert losses[-1] < 0.85 * losses[0]
+@pytest.fixture
+def state(tmp_path, start, monkeypatch):
+    """A training of a small synthesiser that has not begun, with further options."""
+
+    def make(*options) -> training.Training:
+        monkeypatch.setattr(sys, "argv", arguments(tmp_path, "run", *start, *options))
+        return training.Training(train.parse_options(), 0, 1)
+
+    return make
+
+
+def test_steps_on_the_same_draws_learn_these(state):
+    learning = state("--steps", 10, "--lr", 4e-3, "--networks", 2)
+    losses = [learning.one_step().item() for _ in range(10)]  # all of them are step 0, so that nothing else is drawn
+    assert losses[-1] < losses[0] - 0.2
+    averaged, earlier = (dict(part.named_parameters()) for part in (learning.average.module, state().synthesizer))
+    assert sum(not torch.equal(tensor, earlier[name]) for name, tensor in averaged.items()) > len(earlier) / 2
+
+
+def test_what_is_learned_has_a_gradient(state):
+    learning = state("--families", *training.LEARNED)
+    synthesizer, families = learning.synthesizer, ["convolutions", "tokens"]
+    nn.init.ones_(synthesizer.seen.weight)  # zero at first
+    nn.init.ones_(synthesizer.writer.patch_share.weight)
+    reached = set()
+    for index in range(6):
+        draw = random.Random(index)
+        task, graph = learning.drawn(draw, learning.kinds, families)
+        loss, _ = learning.reward(graph, fresh_init(graph, 0, torch.device("cpu")), task, 60)
+        names, parameters = zip(*synthesizer.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        reached |= {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+    assert set(names) - reached == {"gain_scale", "place_key.weight"}  # which few networks need
+
+
+def test_a_seed_gives_the_same_training_again_and_another_another(trained, start):
+    one, again, other = (
+        trained(name, *start, "--steps", 2, "--seed", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
+    assert all(torch.equal(tensor, again[name]) for name, tensor in one.items())
+    assert any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(state, monkeypatch):
+    learning = state("--networks", 2)
+    before = [parameter.clone() for parameter in learning.synthesizer.parameters()]
+    grad, spoil = torch.autograd.grad, [True, False]
+
+    def spoiled(*arguments, **options):
+        found = grad(*arguments, **options)
+        return [each if each is None or not spoil[0] else each * torch.nan for each in found]
+
+    monkeypatch.setattr(torch.autograd, "grad", spoiled)
+    learning.one_step()
+    assert all(map(torch.equal, before, learning.synthesizer.parameters()))
+    spoil[0] = False
+    learning.one_step()
+    assert not all(map(torch.equal, before, learning.synthesizer.parameters()))
+    assert all(parameter.isfinite().all() for parameter in learning.synthesizer.parameters())
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path, trained, start, refusal, capsys):
@@ -178,7 +227,7 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path, trained, start, refusal
                 killed.send_signal(signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "killed.pth").exists()
-    others = arguments(tmp_path, "killed", *options, "--batch-size", 16)[1:-2]
+    others = arguments(tmp_path, "killed", *options, "--networks", 2)[1:-2]
     assert "other options" in refusal(train.main, *others)
     capsys.readouterr()
     found = trained("killed", *options)
@@ -206,13 +255,13 @@ def test_two_processes_train_together(tmp_path, trained, start, monkeypatch, cap
     reported = capsys.readouterr().out
     assert "processes: 2" in reported
     assert reported.count("Step 2/2") == 1
-    probes = "experts.0.task.probes"
-    assert not torch.equal(both[probes], alone[probes])  # the other process's gradients are in it
-    assert (both[probes] - alone[probes]).abs().max() < 1  # from the same start
+    key = "reader.kernels.weight"
+    assert not torch.equal(both[key], alone[key])  # the other process's gradients are in it
+    assert (both[key] - alone[key]).abs().max() < 0.01  # from the same start
 
 
 def test_training_goes_on_from_an_earlier_synthesiser(tmp_path, trained, refusal):
-    synthesizer, path = small_synthesizer(0, experts=2, **SMALL), tmp_path / "earlier.pth"
+    synthesizer, path = small_synthesizer(0), tmp_path / "earlier.pth"
     synthesizer.seconds = {"recording": 0.0, "training": 1000.0}
     save_synthesizer(synthesizer, path)
     later = trained("later", "--start-from", path, "--steps", 1, "--lr", 1e-9)
@@ -223,13 +272,24 @@ def test_training_goes_on_from_an_earlier_synthesiser(tmp_path, trained, refusal
     assert "none.pth: no such file" in refusal(train.main, *missing)
 
 
-def test_what_no_network_can_be_written_with_is_reported(tmp_path, start, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", arguments(tmp_path, "run", *start))
-    state = training.Training(train.parse_options(), 0, 1)
-    with torch.no_grad():
-        state.average.module.experts[0].task.probes.fill_(torch.nan)
-    state.report(minutes_left=0)
-    assert "nan% (mlp)" in capsys.readouterr().out
+def test_processes_average_their_gradients_and_leave_what_none_has_any_of(state, monkeypatch):
+    learning = state()
+    learning.processes = 2
+    of_both, of_other, of_none, *others = learning.synthesizer.parameters()
+    theirs = {id(of_both): 3.0, id(of_other): 3.0}  # what the other process has
+
+    def all_reduce(tensor):
+        owners = [each for each in learning.synthesizer.parameters() if each.grad is tensor]
+        if owners:
+            tensor += theirs[id(owners[0])]
+        else:  # how many processes have a gradient of each
+            tensor[:2] += 1
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    of_both.grad = torch.ones_like(of_both)
+    learning.average_gradients()
+    assert (of_both.grad == 2).all() and (of_other.grad == 1.5).all()
+    assert of_none.grad is None and all(other.grad is None for other in others)
 
 
 def test_a_training_that_diverges_gets_one_line(tmp_path, start, refusal):
@@ -245,65 +305,45 @@ def test_a_broken_training_state_is_refused_and_kept(tmp_path, start, refusal):
     assert path.exists()
 
 
-def test_the_reward_is_that_of_the_written_network(synthesizer, digits):
-    graph = ComputationGraph(nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.BatchNorm1d(20), nn.Linear(20, 10)))
-    init, (images, labels) = random_weights(graph, 0), digits[:200]
-    reward = training.Reward(synthesizer)
-    with torch.inference_mode():
-        logits = graph.run(images, synthesizer(graph, init))
-        torch.testing.assert_close(reward(graph, init, images, labels), F.cross_entropy(logits, labels))
-        assert reward(graph, init, images, labels, batch_statistics=True) != reward(graph, init, images, labels)
-
-
-def test_three_quarters_of_the_images_are_distorted_and_stay_readable(synthesizer, digits):
-    few = digits[:1000]
+@pytest.mark.parametrize(("classes", "width"), [(3, 6), (5, 200)])  # more images than features, and fewer
+def test_the_judge_is_the_best_of_its_ridge_regressions(classes, width):
     torch.manual_seed(0)
-    moved = training.distorted(few.images, 1.5)
-    changed = (moved != few.images).flatten(1).any(1)
-    assert changed[:750].all()
-    assert not changed[750:].any()
-    corners = moved[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]  # background, also where they come from outside the image
-    assert ((corners - few.images.min()).abs() < 1e-4).float().mean() > 0.99
-    assert (moved >= few.images.min() - 1e-5).all()
-    assert (moved <= few.images.max() + 1e-5).all()
-    network = synthesizer.synthesize(TargetCNN(), seed=0)
-    assert score(network, few._replace(images=moved)).accuracy_percent > 95
+    labels = torch.arange(90) % classes
+    features = torch.randn(classes, width)[labels] + 2 * torch.randn(90, width)
+    one_hot = F.one_hot(labels, classes).float()
+    loss, share = judging.judged(features[:60], one_hot[:60], features[60:], labels[60:])
+    mean, deviation = features[:60].mean(0), features[:60].std(0) + 0.5 * features[:60].std() + 1e-6
+    x = ((features - mean) / deviation).double()
+    targets, offset = one_hot.double()[:60], one_hot.double()[:60].mean(0)
+    found = []
+    for strength in judging.STRENGTHS:
+        ridge = strength * (x[:60].square().sum() / width + 1e-6) * torch.eye(width)
+        weight = torch.linalg.solve(x[:60].T @ x[:60] + ridge, x[:60].T @ (targets - offset))
+        logits = x[60:] @ weight + offset
+        right = (logits.argmax(1) == labels[60:]).double().mean().item()
+        found += [(F.cross_entropy(sharp * logits, labels[60:]).item(), right) for sharp in judging.SHARPNESSES]
+    assert (loss.item(), share.item()) == pytest.approx(min(found), abs=1e-4)
 
 
-def test_images_of_any_size_are_distorted_by_pixels(monkeypatch):
-    monkeypatch.setattr(torch, "rand", lambda *shape: torch.tensor([[0.5, 0.5, 1.0], [0.5, 0.5, 0.0]]).expand(shape))
-    images = torch.randn(4, 3, 16, 40)
-    moved = training.distorted(images, 1.0)  # by a pixel to the left and one down
-    torch.testing.assert_close(moved[:3, :, 1:, :-1], images[:3, :, :-1, 1:], rtol=0, atol=1e-4)
-
-
-# ---- a synthesiser of several experts -------------------------------------------------------------------------------
-
-
-def test_experts_are_merged_as_the_router_says():
-    mixed = small_synthesizer(0, experts=3)
-    graph = ComputationGraph(cnn([4, 6], 8))
-    torch.testing.assert_close(mixed.shares(graph), torch.full((3,), 1 / 3))
+def test_the_reward_is_that_of_what_the_written_layers_make_of_other_images(synthesizer):
+    task = draw_task(random.Random(0), 120, 60)
+    channels = task.train.images.shape[1]
+    graph = ComputationGraph(
+        nn.Sequential(nn.Conv2d(channels, 6, 3, 2), nn.ReLU(), nn.Flatten(), nn.LazyLinear(task.classes)),
+        task.train.images[:2],
+    )
+    init = fresh_init(graph, 0, torch.device("cpu"))
+    one_hot = F.one_hot(task.train.labels, task.classes).float()
     with torch.no_grad():
-        mixed.router.bias.copy_(torch.tensor([0.5, 0.3, 0.2]).log())
-        merged = mixed.merged(mixed.shares(graph))
-    for name, parameter in merged.items():
-        parts = [expert.get_parameter(name) for expert in mixed.experts]
-        torch.testing.assert_close(parameter, 0.5 * parts[0] + 0.3 * parts[1] + 0.2 * parts[2])
-    # What the router learns from is what the merged expert is worth, and networks of different kinds can be told apart.
-    weights = mixed(graph, random_weights(graph, 0))
-    sum(weight.square().sum() for weight in weights.values()).backward()
-    assert mixed.router.weight.grad.abs().max() > 0 and mixed.experts[2].task.probes.grad.abs().max() > 0
-    with torch.no_grad():
-        mixed.router.weight.normal_()
-    assert not torch.allclose(mixed.shares(graph), mixed.shares(ComputationGraph(mlp([20]))), atol=1e-3)
+        loss, share = training.Reward(synthesizer)(graph, init, task, 100)
+        probes = synthesizer.probes(task.train.images[:100], one_hot[:100])
+        written = Writing(synthesizer, graph, init, probes).write_up_to(graph.last)
+        assert set(written) == {"0.weight", "0.bias"}
+        both = (F.conv2d(part.images, *written.values(), stride=2).relu().flatten(1) for part in task[2:])
+        expected = judging.judged(next(both), one_hot, next(both), task.test.labels)
+    assert (loss.item(), share.item()) == pytest.approx([value.item() for value in expected], rel=1e-3)
 
 
-def test_a_router_that_is_sure_takes_that_expert_alone():
-    one, mixed = small_synthesizer(1), small_synthesizer(0, experts=3)
-    mixed.experts[2].load_state_dict(one.experts[0].state_dict())
-    with torch.no_grad():
-        mixed.router.bias.copy_(torch.tensor([-200.0, -200.0, 0.0]))
-        graph = ComputationGraph(cnn([4, 6], 8))
-        expected, found = (synthesizer(graph, random_weights(graph, 0)) for synthesizer in (one, mixed))
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+def test_what_is_no_task_or_family_is_refused(refusal, tmp_path):
+    for option, value in (("--tasks", "cats"), ("--families", "mlp"), ("--networks", 0), ("--steps", 0)):
+        assert option in refusal(train.main, *arguments(tmp_path, "run", option, value)[1:-2])

@@ -1,12 +1,12 @@
-"""Write the weights of any network: from labelled images, or for MNIST with the universal synthesiser.
+"""Write the weights of any network from labelled images: your own, or else MNIST.
 
     python -m universal --model my_net.py:Net --data pictures/ --out weights.pth
     python -m universal --model my_net.py:Net --data images.npz --out weights.pth --evaluate --compare
     python -m universal --model target_cnn:TargetCNN --out weights.pth
     python -m universal --model 'torchvision.models:resnet18(num_classes=10)' --out weights.pth --count 5
 
-saves a `state_dict` that the network loads as it is, and names what it leaves at its init. With --data it saves what
-else it takes to classify a picture beside it, as weights.json. With --count 5 it saves weights_1.pth to weights_5.pth,
+saves a `state_dict` that the network loads as it is, and names what it leaves at its init. Beside it, as weights.json,
+it saves what else it takes to classify a picture. With --count 5 it saves weights_1.pth to weights_5.pth,
 from the seeds SEED to SEED + 4.
 """
 
@@ -18,8 +18,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,7 +27,6 @@ from torch import nn
 from scripting import (
     MNIST,
     UserError,
-    add_validation_option,
     in_short,
     number,
     option_parser,
@@ -37,36 +36,31 @@ from scripting import (
     save_tensors,
     start_processes,
 )
-from target_cnn import Dataset, Score, score, scoring_data
+from target_cnn import load_mnist
 from universal.builders import MODEL_HELP, load_builder
-from universal.data.images import ImageSet, LabelledPixels, load_images
+from universal.data.images import ImageSet, load_images
 from universal.data.labelled import FOLDS, MOST_IMAGES
 from universal.evaluation.comparison import accuracy_percent, compare, comparison_table, conclusion
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
-from universal.reading.graph import ComputationGraph, Logits
 from universal.reading.refusals import place_of
 from universal.rules.synthesis import Accounts, write
 
-OF_DATA = ("size", "channels", "limit", "skip_broken", "compare", "plot")  # options that go with --data alone
-OF_MNIST = ("steps", "synthesizer", "validation")  # and without
-
 
 def parse_options() -> argparse.Namespace:
-    parser = option_parser("Write the weights of a network, from labelled images or for MNIST.", seed=0)
+    parser = option_parser("Write the weights of a network from labelled images.", seed=0)
     required = {"required": True, "default": argparse.SUPPRESS}  # --help shows no default where there is none
     parser.add_argument("--model", **required, help=f"{MODEL_HELP} (required)")
     parser.add_argument(
         "--out",
         type=output_file(".pth", ".pt"),
         **required,
-        help="file to write, with --data its sibling .json too; with --count, its numbered siblings (required)",
+        help="file to write, and its sibling .json; with --count, their numbered siblings (required)",
     )
     parser.add_argument(
         "--data", type=Path,
         help="labelled images: a folder with a folder of pictures for each class, a directory of *-ubyte files as "
-        "MNIST's, or an .npz, .pt or .safetensors file with images and labels; without it the synthesiser writes for "
-        "MNIST",
+        "MNIST's, or an .npz, .pt or .safetensors file with images and labels (default: MNIST)",
     )  # fmt: skip
     parser.add_argument("--size", type=size, help="pixels, as 64 or 48x64 (height, width); else what the network takes")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colours; else what the network takes")
@@ -75,7 +69,6 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--skip-broken", action="store_true", help="broken pictures are no reason for exit code 2")
     parser.add_argument("--count", type=number(int, 1, 100_000), default=1, help="networks, from seeds SEED on")
-    parser.add_argument("--steps", type=number(int, 1, 1000), default=1, help="generative steps to take in a row")
     parser.add_argument(
         "--evaluate", action="store_true",
         help="score what was written, on test images of its classes; with none in --data, on the fifth held out",
@@ -83,17 +76,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--compare", action="store_true", help="train the first network with Adam beside it")
     parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), help="picture of --compare to save")
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the trained synthesiser")
-    add_validation_option(parser)
     options = parser.parse_args()
-    for name in OF_DATA if options.data is None else OF_MNIST:
-        if getattr(options, name) != parser.get_default(name):
-            word = "needs" if options.data is None else "does not go with"
-            parser.error(f"--{name.replace('_', '-')} {word} --data")
     if options.plot and not options.compare:
         parser.error("--plot needs --compare")
     if options.data is not None and not options.data.exists():
         parser.error(f"--data {options.data}: no such file or directory: give labelled images")
-    if options.data is not None and options.out.with_suffix(".json").is_dir():
+    if options.out.with_suffix(".json").is_dir():
         parser.error(f"{options.out.with_suffix('.json')} is a directory, and would be written beside --out")
     return options
 
@@ -107,38 +95,45 @@ def size(text: str) -> tuple[int, int]:
     return sides
 
 
-class Task(NamedTuple):
-    """What networks are written for."""
-
-    write: Callable[[nn.Module, int], object]  # a network, in place, with this seed -> accounts
-    accuracy: Callable[[nn.Module, object], str]  # of a written network with these accounts, in words
-    images: ImageSet | None = None
-
-
 def main() -> None:
     options = parse_options()
     build = load_builder(options.model)
-    rank, processes = (0, 1) if options.data is None else start_processes(options.device)
+    rank, processes = start_processes(options.device)
     if options.compare and processes > 1:
         raise UserError("--compare: runs in one process alone: leave out torchrun")
-    task = mnist_task(options) if options.data is None else data_task(options, build, rank, processes)
+    synthesizer = load_synthesizer(options.synthesizer, options.device)
+    write_from = partial(write, limit=options.limit, synthesizer=synthesizer)
+    options.data = options.data or mnist_files()
+    torch.manual_seed(options.seed)
+    images = load_images(
+        options.data, build(), options.size, options.channels, options.limit, rank=rank, processes=processes
+    )
+    if rank == 0:
+        describe(images, options)
     states = []
     for seed in range(options.seed, options.seed + options.count):
         torch.manual_seed(seed)
         with blaming(options):
             network = build().to(options.device)
-            report(network, seed, options, task, quiet=rank > 0)
+            report(network, seed, options, images, write_from, quiet=rank > 0)
             states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})
     if rank == 0:
-        save(states, options, task.images)
+        save(states, options, images)
         if options.compare:
             with blaming(options):
-                show_comparison(options, build, task.images)
-    if rank == 0 and task.images is not None and task.images.broken and not options.skip_broken:
+                show_comparison(options, build, images, write_from)
+    if rank == 0 and images.broken and not options.skip_broken:
         raise UserError(
-            f"{options.data}: {len(task.images.broken)} of its pictures are broken, named above, and were left out: "
+            f"{options.data}: {len(images.broken)} of its pictures are broken, named above, and were left out: "
             "remove them, or give --skip-broken"
         )
+
+
+def mnist_files() -> Path:
+    """Where MNIST's files lie, downloaded if they are missing. Raises UserError if they cannot be."""
+    for split in ("train", "test"):
+        load_mnist(split, MNIST)
+    return MNIST / "MNIST" / "raw"
 
 
 @contextlib.contextmanager
@@ -149,42 +144,7 @@ def blaming(options: argparse.Namespace) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # it may be anything
-        named = options.model if options.data is None else f"{options.model} and {options.data}"
-        raise UserError(f"{named}: {blamed(error)}") from error
-
-
-def mnist_task(options: argparse.Namespace) -> Task:
-    """Writing for MNIST, by the synthesiser."""
-    synthesizer = load_synthesizer(options.synthesizer, options.device)
-    data = scoring_data(MNIST, options.validation, options.device) if options.evaluate else None
-    return Task(
-        lambda network, _: synthesizer.write(network, steps=options.steps),
-        lambda network, _: f"{scored(network, data).accuracy_percent:.2f}%",
-    )
-
-
-def data_task(options: argparse.Namespace, build: Callable[[], nn.Module], rank: int, processes: int) -> Task:
-    """Writing from labelled images, of which this process has its share."""
-    torch.manual_seed(options.seed)
-    images = load_images(
-        options.data, build(), options.size, options.channels, options.limit, rank=rank, processes=processes
-    )
-    if rank == 0:
-        describe(images, options)
-    train = images.train.to(options.device)
-
-    def accuracy(network: nn.Module, accounts) -> str:
-        if images.test is None:
-            held_out = accounts.held_out_percent
-            return "unknown" if held_out is None else f"{held_out:.2f}% on one image in {FOLDS}, held out"
-        return f"{accuracy_percent(network, images.test.to(options.device)):.2f}% on {len(images.test):,} test images"
-
-    return Task(lambda network, seed: write_from(network, train, seed, options.limit), accuracy, images)
-
-
-def write_from(network: nn.Module, train: LabelledPixels, seed: int, limit: int) -> Accounts:
-    """Write `network` in closed form."""
-    return write(network, train.loader(), seed=seed, limit=limit)
+        raise UserError(f"{options.model} and {options.data}: {blamed(error)}") from error
 
 
 def describe(images: ImageSet, options: argparse.Namespace) -> None:
@@ -203,37 +163,42 @@ def describe(images: ImageSet, options: argparse.Namespace) -> None:
           flush=True)  # fmt: skip
 
 
-def report(network: nn.Module, seed: int, options: argparse.Namespace, task: Task, quiet: bool) -> None:
+def report(
+    network: nn.Module, seed: int, options: argparse.Namespace, images: ImageSet, write_from: Callable, quiet: bool
+) -> None:
     """Write `network`, of this `seed`, and print what that gave, with the accuracy if it is asked for."""
     start = time.perf_counter()
     with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
-        accounts = task.write(network, seed)
+        accounts = write_from(network, images.train.to(options.device).loader(), seed=seed)
     milliseconds = 1000 * (time.perf_counter() - start)
     if quiet:
         return
     line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
     if options.evaluate:
-        line += f", Accuracy = {task.accuracy(network, accounts)}"
+        line += f", Accuracy = {accuracy_in_words(network, accounts, images, options.device)}"
     print(line, flush=True)
     for warning in doubts:
         print(f"{options.model}: {warning.message}", file=sys.stderr)
     if seed == options.seed and accounts.left:
         print(f"Left at their init: {', '.join(accounts.left)}")
-    if seed == options.seed and task.images is not None:
-        classes = task.images.classes
-        missing = [classes[label] for label in accounts.missing if label < len(classes)]
+    if seed == options.seed:
+        missing = [images.classes[label] for label in accounts.missing if label < len(images.classes)]
         if missing:
             print(f"{options.data}: holds no images of {', '.join(missing)}", file=sys.stderr)
 
 
-def save(states: list[dict], options: argparse.Namespace, images: ImageSet | None) -> None:
-    """Save what was written; from labelled images, each file with its .json beside it, or neither."""
+def accuracy_in_words(network: nn.Module, accounts: Accounts, images: ImageSet, device: torch.device) -> str:
+    """On test images, or where there are none on those that were held out."""
+    if images.test is None:
+        held_out = accounts.held_out_percent
+        return "unknown" if held_out is None else f"{held_out:.2f}% on one image in {FOLDS}, held out"
+    return f"{accuracy_percent(network, images.test.to(device)):.2f}% on {len(images.test):,} test images"
+
+
+def save(states: list[dict], options: argparse.Namespace, images: ImageSet) -> None:
+    """Save what was written, each file with its .json beside it, or neither."""
     for index, state in enumerate(states, start=1):  # only now: a network that cannot be written leaves no file
         path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
-        if images is None:
-            save_tensors(path, state)
-            print(f"Weights saved to {path}")
-            continue
         text = json.dumps({"model": options.model} | images.record(), indent=2, ensure_ascii=False) + "\n"
 
         def write_both(temporary: Path, path=path, state=state, text=text) -> None:
@@ -244,7 +209,9 @@ def save(states: list[dict], options: argparse.Namespace, images: ImageSet | Non
         print(f"Weights saved to {path}, and how to use them to {path.with_suffix('.json')}")
 
 
-def show_comparison(options: argparse.Namespace, build: Callable[[], nn.Module], images: ImageSet) -> None:
+def show_comparison(
+    options: argparse.Namespace, build: Callable[[], nn.Module], images: ImageSet, write_from: Callable
+) -> None:
     """Train the same network with Adam beside a written one, and print and plot both."""
     train = images.train.to(options.device)
     if images.test is None:  # neither of the two is to know those that score
@@ -255,7 +222,11 @@ def show_comparison(options: argparse.Namespace, build: Callable[[], nn.Module],
         scored, named = images.test.to(options.device), f"{len(images.test):,} test images"
     print(f"\nBeside Adam, both from {len(train):,} images; accuracy on {named}:", flush=True)
     found = compare(
-        build, lambda network, part: write_from(network, part, options.seed, options.limit), train, scored, options.seed
+        build,
+        lambda network, known: write_from(network, known.loader(), seed=options.seed),
+        train,
+        scored,
+        options.seed,
     )
     print(f"{comparison_table(found)}\n{conclusion(found)}")
     if options.plot:
@@ -269,23 +240,6 @@ def blamed(error: Exception) -> str:
     """What an error says, with the line of the user's own code that it came through."""
     text, place = str(error) if isinstance(error, ValueError) else in_short(error), place_of(error)
     return text if place in text else text + place
-
-
-def scored(network: nn.Module, data: Dataset) -> Score:
-    """The score of `network` on the images of its classes, in the precision that it takes.
-
-    Raises ValueError if there is no such image, or if the network cannot compute in that precision here.
-    """
-    graph = ComputationGraph(network)
-    data = data[data.labels < graph.classes]
-    if not len(data.labels):
-        raise ValueError(f"none of the --validation images is of its {graph.classes} classes: hold out more of them")
-    precision = next(graph.module.parameters()).dtype
-    try:
-        return score(Logits(graph), data._replace(images=data.images.to(precision)))
-    except RuntimeError as error:
-        reason = f"{in_short(error)}{place_of(error)}"
-        raise ValueError(f"cannot be scored on {precision} images ({reason}): leave out --evaluate") from error
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Train the universal synthesiser: no recorded checkpoints, only the reward of the networks that it writes.
+"""Train the universal synthesiser: no recorded weights, only the reward of what it writes.
 
     python -m universal.train
 
-draws at every step a random architecture, a random init of it and a batch of training images; the synthesiser writes
-the weights, and the cross-entropy of the written network on the images, differentiated through the network, trains the
-synthesiser (design document, section 4.1.3). Killed, the same command goes on from its last checkpoint.
+draws at every step a random data set, a random architecture and a random init of it. The synthesiser writes the layers
+of the network from a few labelled images; what a ridge regression on them makes of other images of the same classes,
+differentiated through all that, trains it (design document, section 4.1.3; regressions within: Bertinetto et al. 2019,
+arXiv 1805.08136). Killed, the same command goes on from its last checkpoint. With --tasks digits it makes a specialist.
 
     torchrun --nproc-per-node=2 -m universal.train
 
-trains on several processes or machines, each with its own architectures, inits and images.
+trains on several processes or machines, each with its own data sets and architectures.
 """
 
 import argparse
@@ -16,36 +17,23 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scripting import (
-    add_data_options,
-    add_training_options,
-    number,
-    option_parser,
-    run_script,
-    run_to_end,
-    start_processes,
-)
+from scripting import add_training_options, number, option_parser, run_script, run_to_end, start_processes
 from universal.model.synthesizer import MAKER, SYNTHESIZER, save_synthesizer
-from universal.training.architectures import FAMILIES
-from universal.training.training import Training
+from universal.training.tasks import KINDS
+from universal.training.training import LEARNED, Training
 
 
 def parse_options() -> argparse.Namespace:
-    parser = option_parser("Train the universal synthesiser on random architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=5_000, help="architectures drawn, per process")
-    parser.add_argument("--batch-size", type=number(int, 1, 10_000), default=128, help="images of the first steps")
-    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="highest learning rate of AdamW")
-    parser.add_argument("--probes", type=number(int, 10, 10_000), default=300, help="learned images")
-    parser.add_argument(
-        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: fp32 on a CPU, else the faster"
-    )
+    parser = option_parser("Train the universal synthesiser on random data sets and architectures.", seed=0)
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=1_300, help="of learning")
+    parser.add_argument("--networks", type=number(int, 1, 1000), default=4, help="drawn in a step, per process")
     parser.add_argument("--start-from", type=Path, help="file of a synthesiser to train on")
+    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=2e-4, help="highest learning rate of AdamW")
+    parser.add_argument("--tasks", nargs="+", choices=KINDS, default=list(KINDS), help="data sets (default: all kinds)")
     parser.add_argument(
-        "--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="of networks (default: all)"
+        "--families", nargs="+", choices=LEARNED, default=list(LEARNED), help="of networks (default: all)"
     )
-    add_training_options(parser, report_every=250, checkpoint="universal_training.pth", out=SYNTHESIZER)
-    add_data_options(parser)
-    parser.set_defaults(validation=2000)
+    add_training_options(parser, report_every=500, checkpoint="universal_training.pth", out=SYNTHESIZER)
     return parser.parse_args()
 
 
@@ -55,14 +43,15 @@ def main() -> None:
     training = Training(options, rank, processes)
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in training.synthesizer.parameters())
-        precision = "bf16" if training.use_bf16 else "fp32"
-        print(f"Using device: {options.device}, precision: {precision}, processes: {processes}")
+        print(f"Using device: {options.device}, processes: {processes}")
         print(f"Training a synthesiser of {parameters:,} parameters for {options.steps} steps", flush=True)
     run_to_end(training, MAKER, rank)
     if rank == 0:
         synthesizer = training.average.module.cpu()
-        seconds = training.earlier_seconds + training.seconds
-        synthesizer.seconds = {"recording": 0.0, "training": seconds}  # nothing is recorded
+        synthesizer.seconds = {
+            "recording": 0.0,
+            "training": training.earlier_seconds + training.seconds,
+        }  # nothing is recorded
         save_synthesizer(synthesizer, options.out)
         options.checkpoint.unlink(missing_ok=True)
         print(f"Trained in {training.seconds / 60:.1f} min")

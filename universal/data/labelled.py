@@ -5,7 +5,9 @@ of its pixels. So a loader may shuffle, and processes may each have a share, wit
 sample is those of the smallest keys (bottom-k sampling: Cohen and Kaplan 2007).
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -63,7 +65,7 @@ class LabelledImages:
         self.multipliers = torch.empty(0, dtype=torch.long)
         total, firsts, kept = self._survey(limit)
         sample, keys, whole = kept.least(LARGEST_SAMPLE), kept.keys, len(kept.keys) == min(total, limit)
-        if dist.is_initialized():
+        if is_shared():
             parts = gathered((total, firsts, sample, keys, whole))
             total, whole = sum(part[0] for part in parts), all(part[4] for part in parts)
             firsts = {
@@ -216,9 +218,27 @@ def joined(parts: list[Keyed]) -> Keyed:
     return parts[0] if len(parts) == 1 else Keyed(*map(torch.cat, zip(*parts, strict=True)))
 
 
+APART: ContextVar[bool] = ContextVar("APART", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """This process writes networks of its own, from images of its own, whatever other processes do."""
+    token = APART.set(True)
+    try:
+        yield
+    finally:
+        APART.reset(token)
+
+
+def is_shared() -> bool:
+    """Whether several processes write one network, from their shares of the images."""
+    return dist.is_initialized() and not APART.get()
+
+
 def agreed(value: float) -> float:
     """The value that the first of all processes has, so that rounding never lets them go different ways."""
-    return gathered(value)[0] if dist.is_initialized() else value
+    return gathered(value)[0] if is_shared() else value
 
 
 def gathered(value) -> list:

@@ -1,1 +1,1 @@
-"""What the model is measured on and beside: networks that it never trained on, and baselines."""
+"""What written networks are measured on and beside: networks that were never trained on, and Adam by the clock."""

@@ -10,8 +10,7 @@ from torch import nn
 from scripting import table
 from target_cnn import score
 from universal.data.images import LabelledPixels
-from universal.evaluation.baselines import RATES, built
-from universal.evaluation.clock import BATCH, Training
+from universal.evaluation.clock import BATCH, RATES, Training, built
 from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 
 EPOCHS = 3

@@ -20,14 +20,16 @@ from torch import nn
 from scripting import MNIST, mean_and_range, summary_statistics, table
 from target_cnn import Dataset, Progress, score, scoring_data, training_data
 from universal.data.images import load_images
-from universal.evaluation.baselines import FIRST_STEPS, HELD_OUT, RATES, built
-from universal.evaluation.clock import BATCH, Point, Training
+from universal.evaluation.clock import BATCH, RATES, Point, Training, built
 from universal.evaluation.networks import EVALUATED
 from universal.experiment.verdict import mean_pairwise_overlap
 from universal.mnist import CLASSES, IMAGE_SIDE
+from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.reading.graph import in_fastest_layout
 from universal.rules.synthesis import write
 
+HELD_OUT = 5000  # training images on which the rate is chosen
+FIRST_STEPS = 100
 ON_THE_WAY = 2000  # test images on which accuracy is noted during training
 EPOCHS = 3  # of all images, for which Adam may go on until it matches
 SCARCE = 200  # images up to which Adam runs until it stops gaining: labels are what is scarce then, not time
@@ -132,7 +134,9 @@ def after_first_steps(progress: Progress) -> bool:
     return progress.step >= FIRST_STEPS
 
 
-def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Sequence[int]) -> dict:
+def evaluate_from_data(
+    name: str, data: DataSet, count: int | None, seeds: Sequence[int], synthesizer: GraphWeightSynthesizer
+) -> dict:
     """A network written from the first `count` images, or all, beside Adam and beside what is simpler."""
     train, device, build = data.known[:count], data.test.images.device, EVALUATED[name]
     if len(train.labels) % BATCH == 1:
@@ -145,7 +149,7 @@ def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Seque
     for seed in seeds:
         network = built(build, seed, device)
         begin = time.perf_counter()
-        accounts = write(network, train.images, train.labels, seed=seed, limit=len(train.labels))
+        accounts = write(network, *train, seed=seed, limit=len(train.labels), synthesizer=synthesizer)
         seconds.append(time.perf_counter() - begin)
         networks.append(laid_out(network))
     scores = [score(network, data.test) for network in networks]
@@ -163,19 +167,21 @@ def evaluate_from_data(name: str, data: DataSet, count: int | None, seeds: Seque
         "left": accounts.left, "on_the_way": goal, "adam": adam,
         "error_overlap": mean_pairwise_overlap([each.wrong for each in scores]),
         "nulls": {
-            "random_features": last_layer_alone(build, train, data, seeds[0]),
-            "pixels": last_layer_alone(EVALUATED["linear classifier 784-10"], train, data, seeds[0]),
+            "random_features": last_layer_alone(build, train, data, seeds[0], synthesizer),
+            "pixels": last_layer_alone(EVALUATED["linear classifier 784-10"], train, data, seeds[0], synthesizer),
             "init": score(start, data.test).accuracy_percent,
         },
     }  # fmt: skip
 
 
-def last_layer_alone(build: Callable[[], nn.Module], train: Dataset, data: DataSet, seed: int) -> float:
+def last_layer_alone(
+    build: Callable[[], nn.Module], train: Dataset, data: DataSet, seed: int, synthesizer: GraphWeightSynthesizer
+) -> float:
     """The accuracy in percent of a network whose other layers are frozen at their init."""
     network = built(build, seed, train.images.device).requires_grad_(False)
     *_, last = (module for module in network.modules() if isinstance(module, nn.Linear))
     last.requires_grad_(True)
-    write(network, train.images, train.labels, limit=len(train.labels))
+    write(network, *train, limit=len(train.labels), synthesizer=synthesizer)
     return score(network, data.test).accuracy_percent
 
 

@@ -6,58 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from scripting import new_figure, save_figure
-from universal.evaluation.baselines import point_names
 from universal.evaluation.comparison import Comparison
 
 if TYPE_CHECKING:  # matplotlib is imported where a figure is made: errors and --help do not wait for it
     from matplotlib.axes import Axes
 
 RATE_COLOURS = ("#56B4E9", "#009E73", "#D55E00")  # of Adam's three rates
-COLOURS = {"written": "#0072B2", "random": "#D55E00"}  # of the two starts of training
+WRITTEN = "#0072B2"
 COLOURS_OF_NUMBERS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-
-
-def plot_evaluation(record: dict, path: Path) -> None:
-    """Save the accuracies of written networks beside an epoch of Adam's, and TargetCNNs as the start of training."""
-    networks, training = record["networks"], (record["target_cnn"] or {}).get("training")
-    figure = new_figure(15 if training else 9, 1.5 + 0.27 * max(len(networks), 10))
-    panels = figure.subplots(1, 2, width_ratios=[1.7, 1]) if training else [figure.subplots()]
-    draw_networks(panels[0], networks)
-    panels[0].set_title(f"Networks never trained on, {record['inits']} unseen inits")
-    if training:
-        draw_training(panels[1], training)
-        panels[1].set_title("Training TargetCNN with Adam")
-    for panel in panels:
-        panel.grid(alpha=0.3)
-    save_figure(figure, path)
-
-
-def draw_networks(panel: "Axes", networks: list[dict]) -> None:
-    """A row for each network: the mean and range of what is written, and an epoch of Adam."""
-    rows = range(len(networks))
-    low, mean, high = ([row[key] for row in networks] for key in ("minimum", "mean", "maximum"))
-    adam = [row["epoch"]["accuracy_percent"] for row in networks]
-    written, random = COLOURS.values()
-    panel.hlines(rows, low, high, color=written, alpha=0.4, lw=5)
-    panel.plot(mean, rows, "o", color=written, markersize=5, label="written in one step (band: range)")
-    panel.plot(adam, rows, "|", color=random, markersize=12, markeredgewidth=2.5, label="an epoch of Adam, best rate")
-    panel.set_yticks(rows, [row["name"] for row in networks])
-    panel.invert_yaxis()
-    panel.set_xlim(right=100)
-    panel.set_xlabel("accuracy (%)")
-    panel.legend(loc="best")
-
-
-def draw_training(panel: "Axes", training: list[dict]) -> None:
-    """A line for each seed and start, over the points of Adam's curve."""
-    for row in training:
-        shown = row["accuracy_percent"]
-        first = 0 if row["start"] == "written" else 1  # a random init, near 10 %, would flatten all the rest
-        label = f"{row['start']} start, rate {row['learning_rate']:g}" if row["seed"] == training[0]["seed"] else None
-        panel.plot(range(first, len(shown)), shown[first:], "o-", color=COLOURS[row["start"]], alpha=0.6, label=label)
-    panel.set_xticks(range(len(shown)), point_names(len(shown) - 1))
-    panel.set_ylabel("accuracy (%)")
-    panel.legend(loc="lower right")
 
 
 def plot_from_data(rows: Sequence[dict], path: Path) -> None:
@@ -68,7 +24,7 @@ def plot_from_data(rows: Sequence[dict], path: Path) -> None:
     columns = min(len(panels_of), 6)
     lines = math.ceil(len(panels_of) / columns)
     figure = new_figure(max(2.6 * columns, 6), 0.8 + 2.1 * lines)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
     numbers = list(dict.fromkeys(row["number"] for row in rows))
     colours = dict(zip(numbers, COLOURS_OF_NUMBERS, strict=False))
     several = len({name for name, _ in panels_of}) > 1
@@ -80,7 +36,7 @@ def plot_from_data(rows: Sequence[dict], path: Path) -> None:
         panel.set_ylim(bottom=max(min(row["on_the_way"] for row in shown) - 12, 0))
         panel.tick_params(labelsize=7)
         panel.grid(alpha=0.3)
-    for panel in list(panels):
+    for panel in panels[len(panels_of) :]:
         panel.axis("off")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(numbers), fontsize=8)
@@ -113,8 +69,8 @@ def plot_comparison(found: Comparison, name: str, path: Path) -> None:
     panel = figure.subplots()
     for (lr, points), colour in zip(found.adam.items(), RATE_COLOURS, strict=True):
         panel.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=f"Adam, rate {lr:g}")
-    panel.plot(*found.written, "*", color=COLOURS["written"], markersize=16, zorder=3, label="written")
-    panel.axhline(found.written.accuracy_percent, color=COLOURS["written"], alpha=0.4, lw=1)
+    panel.plot(*found.written, "*", color=WRITTEN, markersize=16, zorder=3, label="written")
+    panel.axhline(found.written.accuracy_percent, color=WRITTEN, alpha=0.4, lw=1)
     show_seconds(panel)
     panel.set_xlabel("seconds of writing, or of training")
     panel.set_ylabel("accuracy (%)")

@@ -82,8 +82,8 @@ def cosines_at(places: Tensor) -> Tensor:
     return (cosines[:, 0, :, None] * cosines[:, 1, None, :]).flatten(1)
 
 
-def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
-    """What a layer is, for generative step `step`: its kind, size, surroundings, and the function that follows it."""
+def description_of(layer: Layer, graph: ComputationGraph) -> Tensor:
+    """What a layer is: its kind, size, surroundings, and the function that follows it."""
     mean = {
         name: math.log(sum(value) / len(value))
         for name, value in layer.options.items()
@@ -95,7 +95,7 @@ def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     # What comes is brought to scale anyway: a factor far from 1 after a function says nothing about it.
     factor = 1.0 if 0.5 <= largest <= 4 or not largest else 2 / largest
     description = [
-        layer.has_window, layer.depth == 0, layer.last, step > 0, min(layer.depth, DEEPEST) / 4,
+        layer.has_window, layer.depth == 0, layer.last, min(layer.depth, DEEPEST) / 4,
         min(graph.last.depth - layer.depth, DEEPEST) / 4, math.log(channels / layer.groups) / 5,
         math.log(layer.shape[0]) / 5, math.log(layer.positions) / 3, math.log(layer.side) / 3,
         mean.get("dilation", 0), mean.get("stride", 0), any(reader.has_window for reader in layer.readers),
@@ -109,4 +109,4 @@ def description_of(layer: Layer, graph: ComputationGraph, step: int) -> Tensor:
     return torch.tensor([float(value) for value in description])
 
 
-DESCRIPTION = 27 + len(ACTIVATION_POINTS)  # numbers that `description_of` gives
+DESCRIPTION = 26 + len(ACTIVATION_POINTS)  # numbers that `description_of` gives

@@ -1,19 +1,19 @@
 """Tuning: the few numbers of a synthesiser that can be set by trial and error, where nothing tells a gradient.
 
-They are offsets of the logarithms of the positive numbers with which each layer is written, the writer's own scalars,
-and say how the sizes of its weights are spread:
+They say how the sizes of a layer's weights are spread:
 
 - along a *compander* (as in the quantisation of signals, Bennett 1948), a monotone function of the magnitude of each
   weight. A steep one makes the weights of a neuron alike, one that is flat near zero makes most of them small;
 - by the *relevance* of what they read: larger inputs get larger weights, or smaller ones;
 - by the *evenness* of the neurons: what rounds or prunes a tensor by one threshold spares no neuron of small weights.
 
-All that happens while a layer is brought to scale, so what is written next knows what it has done.
+All that happens as soon as a layer is written, so what is written next knows what it has done.
 """
 
 import torch
 from torch import Tensor, nn
 
+from universal.model.sizes import inverse_deviation
 from universal.reading.calls import Layer
 
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # magnitudes, in means over the neuron, where the slope may change
@@ -23,17 +23,35 @@ LAYER_KINDS = ("every layer", "convolutions", "the first layer", "the last layer
 
 
 class Tuning(nn.Module):
-    """`offsets` [numbers, LAYER_KINDS] of the logarithms of the `scalars`, of evenness and relevance, and of the
-    logarithms of the compander's slopes. At zero, nothing changes."""
+    """`offsets` [SPREAD, LAYER_KINDS] of evenness and relevance, and of the logarithms of the compander's slopes. At
+    zero, nothing changes."""
 
-    def __init__(self, scalars: list[str]):
+    def __init__(self):
         super().__init__()
-        self.names = [*scalars, *SPREAD]
-        self.offsets = nn.Parameter(torch.zeros(len(self.names), len(LAYER_KINDS)))
+        self.offsets = nn.Parameter(torch.zeros(len(SPREAD), len(LAYER_KINDS)))
 
     def offset(self, name: str, layer: Layer) -> Tensor:
-        """What is added to a number or its logarithm, for a layer, []."""
-        return self.offsets[self.names.index(name)] @ self.kinds(layer)
+        """One of the numbers, for a layer, []."""
+        return self.offsets[SPREAD.index(name)] @ self.kinds(layer)
+
+    def tuned(self, layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias of a layer, as written, with other magnitudes.
+
+        Its responses to the `inputs` keep their deviations, the classes all together, and, where there is a bias, their
+        means; evenness then changes both of a hidden neuron alike.
+        """
+        if not (self.offsets @ self.kinds(layer)).any():
+            return weight, bias
+        mean, variance = statistics(layer, inputs, weight, bias)
+        weight = self.spread(layer, weight, inputs)
+        own_mean, own_variance = statistics(layer, inputs, weight)
+        squares = [own_variance, own_mean.square(), weight.flatten(1).square().sum(1)]
+        if layer.last:
+            variance, *squares = (square.mean() for square in (variance, *squares))
+        scale = variance.sqrt() * inverse_deviation(*squares).expand(len(weight))
+        gain = torch.ones_like(scale) if layer.last else self.evening(layer, per_neuron(scale, weight) * weight)
+        weight = per_neuron(gain * scale, weight) * weight
+        return weight, None if bias is None else gain * (mean - scale * own_mean)
 
     def spread(self, layer: Layer, weight: Tensor, inputs: Tensor) -> Tensor:
         """`weight`, [neurons, ...], with other magnitudes: times how large the `inputs` are, to the power of the
@@ -64,3 +82,15 @@ class Tuning(nn.Module):
     def kinds(self, layer: Layer) -> Tensor:
         """Which of LAYER_KINDS a layer is of, as numbers."""
         return self.offsets.new_tensor([True, layer.has_window, layer.depth == 0, layer.last])
+
+
+def statistics(layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The means and variances of the responses of a layer's neurons, [neurons] each."""
+    rows = layer(inputs, weight, bias).movedim(layer.axis, -1).flatten(0, -2)
+    mean = rows.mean(0)
+    return mean, (rows - mean).square().mean(0)
+
+
+def per_neuron(values: Tensor, weight: Tensor) -> Tensor:
+    """Values [neurons] in the shape that multiplies a weight [neurons, ...]."""
+    return values.view(-1, *[1] * (weight.dim() - 1))

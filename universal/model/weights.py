@@ -6,40 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.model.algebra import decorrelate, per_probe, ridge_regression, unit_responses, unit_rms
+from universal.model.algebra import decorrelate, ridge_regression, unit_responses, unit_rms
 from universal.model.description import AcrossNeurons, ConditionedMLP, PositionFunctions
 from universal.model.sizes import bounded, inverse_deviation
-from universal.model.task import Task
-from universal.model.tuning import Tuning
 from universal.reading.calls import Layer
 
 LARGEST = 30.0  # logarithm of a scalar, however deep a network is
 POSITIONS = 3  # along each side of the maps, at which regressions look at what a convolution reads
 SCALING_PROBES = 32  # that bring a convolution to scale, which responds to each probe at many positions
 # Positive numbers that depend on the layer, and the logarithms of what they start as.
-SCALARS = {
-    "key_ridge": 0.0, "concept_ridge": -3.0, "concept_share": 0.0, "label_ridge": 0.0, "label_share": 0.0,
-    "patch_ridge": -2.0, "correlation_ridge": 0.0, "logit_scale": 0.5, "gain": 0.0,
-}  # fmt: skip
-TUNABLE = [name for name in SCALARS if name != "patch_ridge"]
+SCALARS = {"key_ridge": 0.0, "patch_ridge": -2.0, "correlation_ridge": 0.0, "gain": 0.0}
 
 
 class Writer(nn.Module):
     """(a layer, the keys of its inputs, its neurons) -> its weight, [neurons, ...], and bias.
 
     A weight is bilinear in the code of its neuron and the dual keys of its inputs, K (K^T K / n + r I)^-1, which turn a
-    sum over n random inputs into a quadrature, with functions of the position in the kernel or the map. The last layer
-    adds the ridge regression, on what the probes are there, of their labels; the hidden layers of networks without
-    convolutions, and convolutions at some positions, of concepts, mixed by the neuron's code. With `tuning`, a few
-    numbers more say how large its scalars are, and how the sizes of weights are spread.
+    sum over n random inputs into a quadrature, with functions of the position in the kernel or the map. To that of a
+    convolution a ridge regression is added, at some positions, onto concepts of the probes, mixed by the neuron's code.
     """
 
-    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int, tuning: Tuning | None):
+    def __init__(self, dimension: int, hidden: int, rank: int, concepts: int):
         super().__init__()
         self.dimension, self.rank = dimension, rank
         self.functions = PositionFunctions(dimension, hidden, rank)
         self.scalars = nn.ModuleDict({name: nn.Linear(dimension, 1) for name in SCALARS})
-        self.tuning = tuning
         self.concept_scale = nn.Linear(dimension, concepts)
         self.patch_share = nn.Linear(dimension, 1)
         for start_at_zero in (*self.scalars.values(), self.concept_scale, self.patch_share):
@@ -47,18 +38,15 @@ class Writer(nn.Module):
             nn.init.zeros_(start_at_zero.bias)
         self.code = ConditionedMLP(dimension, dimension, hidden, dimension + 1)
         self.code_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
-        self.class_code = ConditionedMLP(dimension, dimension, hidden, dimension)
-        self.class_code_norm = nn.LayerNorm(dimension)
         self.kernels = nn.Linear(dimension, rank * dimension, bias=False)
         self.maps = nn.Linear(dimension, rank * dimension, bias=False)
         self.concept_code = ConditionedMLP(dimension, dimension, hidden, concepts)
         self.concept_code_norm = nn.Sequential(nn.LayerNorm(concepts), AcrossNeurons())
 
     def hidden(
-        self, layer: Layer, inputs: Tensor | None, keys: Tensor, neurons: Tensor, about: Tensor,
-        features: Tensor | None, task: Task,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The new weight of a hidden layer, of any scale, and the bias of its standardised responses.
+        self, layer: Layer, inputs: Tensor | None, keys: Tensor, neurons: Tensor, about: Tensor, concepts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The new weight of a layer, of any scale, and the bias of its standardised responses.
 
         `inputs` are None if they are of parts of the probes, such as windows.
 
@@ -68,51 +56,23 @@ class Writer(nn.Module):
         """
         codes, bias = self.code(neurons, about).split([self.dimension, 1], 1)
         weight = self.bilinear(layer, keys, self.code_norm(codes), about)
-
-        def wanted_of(probes: int) -> Tensor:
-            """What the neurons are to say of the first `probes`, [probes, neurons]."""
-            concepts = F.layer_norm(task.concepts[:probes], task.concepts.shape[1:])
-            concepts = concepts * self.concept_scale(about).exp()
-            return concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T
-
-        if features is not None:
-            ridge = self.scalar("concept_ridge", layer, about)
-            fitted = ridge_regression(features, wanted_of(len(features)), ridge)
-            share = self.scalar("concept_share", layer, about)
-            weight = unit_responses(weight, features) + share * unit_responses(fitted, features)
         if layer.has_window and inputs is not None:
-            share = self.patch_share(about)
-            if share.requires_grad or share != 0:
-                patches = layer.patches(inputs, POSITIONS)
-                groups, probes, positions, _ = patches.shape
-                rows = (patches - patches.mean((1, 2), keepdim=True)).flatten(1, 2)
-                wanted = wanted_of(probes)[:, None].expand(-1, positions, -1).flatten(0, 1)
-                wanted = wanted.unflatten(1, (groups, -1)).movedim(1, 0)
-                fitted = ridge_regression(rows, wanted, self.scalar("patch_ridge", layer, about))
-                flat = weight.flatten(1).unflatten(0, (groups, -1))
-                weight = (unit_responses(flat, rows) + share * unit_responses(fitted, rows)).view_as(weight)
+            concepts = F.layer_norm(concepts, concepts.shape[1:]) * self.concept_scale(about).exp()
+            wanted = concepts @ self.concept_code_norm(self.concept_code(neurons, about)).T  # [probes, neurons]
+            patches = layer.patches(inputs, POSITIONS)
+            groups, _, positions, _ = patches.shape
+            rows = (patches - patches.mean((1, 2), keepdim=True)).flatten(1, 2)
+            wanted = wanted[:, None].expand(-1, positions, -1).flatten(0, 1)
+            wanted = wanted.unflatten(1, (groups, -1)).movedim(1, 0)
+            fitted = ridge_regression(rows, wanted, self.scalar("patch_ridge", about))
+            flat = weight.flatten(1).unflatten(0, (groups, -1))
+            fitted = self.patch_share(about) * unit_responses(fitted, rows)
+            weight = (unit_responses(flat, rows) + fitted).view_as(weight)
         return weight, torch.tanh(0.3 * bias[:, 0])
-
-    def classes(self, layer: Layer, keys: Tensor, about: Tensor, features: Tensor | None, task: Task) -> Tensor:
-        """The new weight of the last layer, of any scale."""
-        classes = F.layer_norm(task.classes[: layer.shape[0]], [self.dimension])
-        codes = self.class_code_norm(self.class_code(classes, about))
-        weight = self.bilinear(layer, keys, codes, about)
-        if features is not None:
-            # Few probes may guide the classes but not decide on them: training would take this short way and end there.
-            count = len(features)
-            ridge = self.scalar("label_ridge", layer, about) + 6 / count
-            fitted = ridge_regression(features, task.labels[:count, : layer.shape[0]], ridge)
-            share = self.scalar("label_share", layer, about)
-            share = share / (1 + share * 64 / count)  # below count / 64
-            flat = weight.flatten(1)
-            fitted = share * unit_responses(fitted, features, each=False)
-            weight = (unit_responses(flat, features, each=False) + fitted).view_as(weight)
-        return weight - weight.mean(0)  # what all classes share changes nothing
 
     def bilinear(self, layer: Layer, keys: Tensor, codes: Tensor, about: Tensor) -> Tensor:
         """A weight that is bilinear in the neurons' codes and the dual keys of the input channels."""
-        ridge = self.scalar("key_ridge", layer, about) * torch.eye(self.dimension).to(keys)
+        ridge = self.scalar("key_ridge", about) * torch.eye(self.dimension).to(keys)
         dual = unit_rms(torch.linalg.solve(keys.T @ keys / len(keys) + ridge, keys.T).T)
         dual = dual.view(layer.groups, -1, self.dimension)
         functions = self.functions(layer, about)
@@ -127,12 +87,9 @@ class Writer(nn.Module):
         kernels = kernels.flatten(0, 1).movedim(2, 1)
         return layer.weight_of(kernels / math.sqrt(kernels[0].numel() * self.rank * self.dimension))
 
-    def scalar(self, name: str, layer: Layer, about: Tensor) -> Tensor:
+    def scalar(self, name: str, about: Tensor) -> Tensor:
         """One of the positive numbers that depend on the layer, [1], within exp(-LARGEST) and exp(LARGEST)."""
-        logarithm = self.scalars[name](about) + SCALARS[name]
-        if self.tuning is not None and name in self.tuning.names:
-            logarithm = logarithm + self.tuning.offset(name, layer)
-        return logarithm.clamp(-LARGEST, LARGEST).exp()
+        return (self.scalars[name](about) + SCALARS[name]).clamp(-LARGEST, LARGEST).exp()
 
     def to_scale(
         self, layer: Layer, inputs: Tensor, weight: Tensor, mean: Tensor, gain: Tensor, about: Tensor
@@ -149,39 +106,11 @@ class Writer(nn.Module):
         positions_first = weight.movedim(1, -1)  # as the weight of a convolution lies in memory
         values = torch.cat([positions_first.flatten(1), own_mean[:, None]], 1) * inverse[:, None]
         values = values.unflatten(0, (layer.groups, -1))
-        values = decorrelate(responses, self.scalar("correlation_ridge", layer, about) + 1e-2, values).flatten(0, 1)
+        values = decorrelate(responses, self.scalar("correlation_ridge", about) + 1e-2, values).flatten(0, 1)
         weight, own_mean = values[:, :-1].view(positions_first.shape).movedim(-1, 1), values[:, -1]
-        if self.tuning is not None:
-            weight = self.tuning.spread(layer, weight, inputs)
-            _, own_mean, inverse = standardised_responses(layer, some, weight)
-            weight = weight * inverse.view(-1, *[1] * (weight.dim() - 1))
-            own_mean = own_mean * inverse
-            gain = gain * self.tuning.evening(layer, weight)
         weight = bounded(gain.view(-1, *[1] * (weight.dim() - 1)) * weight)
         bias = bounded(gain * (mean - own_mean)) if layer.bias else None
         return weight, bias, layer(inputs, weight, bias)
-
-    def classes_to_scale(
-        self, layer: Layer, inputs: Tensor, weight: Tensor, about: Tensor, probes: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight of the last layer brought to scale, its bias, and the responses to so many probes. Classes keep
-        their scales."""
-        if self.tuning is not None:
-            weight = self.tuning.spread(layer, weight, inputs)
-        responses = layer(inputs, weight).movedim(layer.axis, -1)
-        logits = per_probe(responses, -1, probes)  # averaged in the end
-        logits = responses.flatten(0, -2) if logits is None else logits
-        mean = logits.mean(0)
-        length = weight.flatten(1).norm(dim=1)
-        squares = ((logits - mean).square(), mean.square(), length.square())
-        scale = self.scalar("logit_scale", layer, about) * inverse_deviation(*(square.mean() for square in squares))
-        bias = -mean * scale
-        if layer.activation:
-            below, above = (layer.activation[index] == layer.activation[index + 1] for index in (0, -2))
-            if below and not above:  # what cuts off what is negative, such as a ReLU, is to let all pass
-                bias = bias + 3 * (responses * scale).std()
-        bias = bounded(bias)
-        return bounded(weight * scale), bias, (responses * scale + (bias if layer.bias else 0)).movedim(-1, layer.axis)
 
 
 def standardised_responses(layer: Layer, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,13 +1,13 @@
-"""Writing a network layer by layer, within its own forward pass.
+"""Writing layers as they were learned to be written, within a network's own forward pass.
 
-Design document, sections 4.1.1 and 4.1.3. A network is written from the images to the classes, inside its own forward
-pass on a few learned images, the probes of a task: so every layer knows what reaches it. What a neuron is to those
-that read it is its key. `neurons.py` reads neurons, `weights.py` writes weights; permuted neurons are written
-permuted. What the random weights of the first layer sum up to, over its neurons, makes the network's variant,
-which all its layers know.
+Design document, sections 4.1.1 and 4.1.3. A network is written from the images on, inside its own forward pass on a few
+labelled images, the probes: so every layer knows what reaches it. What a neuron is to those that read it is its key.
+`neurons.py` reads neurons, `weights.py` writes weights; permuted neurons are written permuted. What the random weights
+of the first layer sum up to, over its neurons, makes the network's variant, which all its layers know.
 """
 
-from typing import TYPE_CHECKING
+import contextlib
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,22 @@ from torch import Tensor
 
 from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
-from universal.model.sizes import LARGEST, bounded, centred
-from universal.model.task import Task
+from universal.model.sizes import bounded
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
-from universal.reading.graph import ComputationGraph
+from universal.reading.graph import ComputationGraph, Reached
 
 if TYPE_CHECKING:
-    from universal.model.expert import Expert
+    from universal.model.synthesizer import GraphWeightSynthesizer
 
 MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
-LAST_POSITIONS = 7  # along each side of the maps, at which regressions look at what a last convolution reads
+
+
+class Probes(NamedTuple):
+    """Labelled images that layers are written from."""
+
+    images: Tensor  # [n, *shape]
+    concepts: Tensor  # [n, concepts], what neurons may stand for
+    responses: Tensor  # [n, dimension], what it says of a neuron to respond to an image
 
 
 class NeuronRows:
@@ -60,20 +66,31 @@ class NeuronRows:
 
 
 class Writing:
-    """A pass of an `expert` through a graph: `written` is what it has written so far, by name; `keys` and `means` say
-    what it made of the neurons, these of their standardised responses."""
+    """The learned part of a pass through a graph, by a `synthesizer`, from `probes` and the random init `weights`.
 
-    def __init__(self, expert: "Expert", graph: ComputationGraph, weights: dict[str, Tensor], step: int, task: Task):
-        self.expert, self.graph, self.weights, self.step, self.task = expert, graph, weights, step, task
-        self.probes = task.probes[: expert.probes_for(graph)]
-        images = expert.keys_of_inputs(graph.channels)
+    `written` is what it has written so far, by name; `keys` and `means` say what it made of the neurons, these of
+    their standardised responses.
+    """
+
+    def __init__(
+        self, synthesizer: "GraphWeightSynthesizer", graph: ComputationGraph, weights: dict[str, Tensor], probes: Probes
+    ):
+        self.synthesizer, self.graph, self.weights, self.probes = synthesizer, graph, weights, probes
+        images = synthesizer.keys_of_inputs(graph.channels)
         self.keys, self.means = NeuronRows(graph, images), NeuronRows(graph, torch.zeros_like(images[:, 0]))
         self.variant: Tensor | None = None
         self.written: dict[str, Tensor] = {}
 
-    def write(self) -> dict[str, Tensor]:
-        """Everything, by name."""
-        self.graph.write(self.probes, self.written, self.write_operation)
+    def write_up_to(self, end: Layer) -> dict[str, Tensor]:
+        """Everything before a layer, by name."""
+
+        def write(operation: Operation, inputs: Tensor) -> Tensor:
+            if operation is end:
+                raise Reached(inputs)
+            return self.write_operation(operation, inputs)
+
+        with contextlib.suppress(Reached):
+            self.graph.write(self.probes.images, self.written, write)
         return self.written
 
     def write_operation(self, operation: Operation, inputs: Tensor) -> Tensor:
@@ -84,61 +101,31 @@ class Writing:
         return next(write for kind, write in writers.items() if isinstance(operation, kind))(operation, inputs)
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
-        about = self.expert.describe(description_of(layer, self.graph, self.step).to(inputs))
+        synthesizer, writer, count = self.synthesizer, self.synthesizer.writer, len(self.probes.images)
+        about = synthesizer.describe(description_of(layer, self.graph).to(inputs))
         keys = self.keys.of(layer.channels).mean(1)
         if layer.places is not None:
-            keys = keys + self.expert.place_key(cosines_at(layer.places.to(inputs)))
-        read = features_of(layer, self.graph, inputs, len(self.probes))
-        write = self.write_classes if layer.last else self.write_hidden
-        weight, bias, responses = write(layer, inputs, keys, about, read)
+            keys = keys + synthesizer.place_key(cosines_at(layer.places.to(inputs)))
+        reading = synthesizer.reader.read(layer, keys, self.weights, about)
+        if self.variant is None:
+            self.variant = 0.5 * synthesizer.variant(F.layer_norm(reading.sum(0), reading.shape[1:]))
+        about = about + self.variant
+        neurons = synthesizer.reader.neurons(reading, layer.bias and layer.bias.of(self.weights), about)
+        whole = inputs if len(inputs) == count else None
+        weight, mean = writer.hidden(layer, whole, keys, neurons, about, self.probes.concepts)
+        gain = writer.scalar("gain", about)
+        self.means.add(gain * mean)
+        new = writer.to_scale(layer, inputs, weight, mean, gain, about)
+        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
+        key = synthesizer.key(neurons, about) + synthesizer.seen(seen_by(layer, new[2], self.probes))
+        key = synthesizer.key_norm(key)
+        if layer.weight.frozen:
+            key = synthesizer.key_norm(mixtures_like(layer, new[2], responses) @ key)
+        self.keys.add(key)
         layer.weight.put(self.written, weight, self.weights)
         if layer.bias:
             layer.bias.put(self.written, bias, self.weights)
         return responses
-
-    def write_hidden(
-        self, layer: Layer, inputs: Tensor, keys: Tensor, about: Tensor, read: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The weight and bias of a hidden layer, and the probes' responses."""
-        expert, writer = self.expert, self.expert.writer
-        features = None if read is None else centred(read)
-        reading = expert.reader.read(layer, keys, self.weights, about)
-        if features is not None:
-            reading = reading + responses_of(layer, features, self.weights, self.task)
-        if self.variant is None:
-            self.variant = 0.5 * expert.variant(F.layer_norm(reading.sum(0), reading.shape[1:]))
-        about = about + self.variant
-        neurons = expert.reader.neurons(reading, layer.bias and layer.bias.of(self.weights), about)
-        whole = inputs if len(inputs) == len(self.probes) else None
-        weight, mean = writer.hidden(layer, whole, keys, neurons, about, features, self.task)
-        gain = writer.scalar("gain", layer, about)
-        self.means.add(gain * mean)
-        new = writer.to_scale(layer, inputs, weight, mean, gain, about)
-        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
-        key = expert.key(neurons, about)
-        if expert.seen.weight.requires_grad or expert.seen.weight.any():
-            key = key + expert.seen(seen_by(layer, new[2], len(self.probes), self.task))
-        key = expert.key_norm(key)
-        self.keys.add(expert.key_norm(mixtures_like(layer, new[2], responses) @ key) if layer.weight.frozen else key)
-        return weight, bias, responses
-
-    def write_classes(
-        self, layer: Layer, inputs: Tensor, keys: Tensor, about: Tensor, read: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weight and bias of the last layer, and the probes' responses."""
-        writer = self.expert.writer
-        features = None if read is None else centred(read)
-        if self.variant is not None:
-            about = about + self.variant
-        weight = writer.classes(layer, keys, about, features, self.task)
-        if features is not None and not layer.bias:
-            weight = without_preference(weight, read.mean(0), features)
-        mean = inputs.new_zeros(layer.shape[0])
-        new = writer.classes_to_scale(layer, inputs, weight, about, len(self.probes))
-        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
-        self.keys.add(inputs.new_zeros(layer.shape[0], keys.shape[1]))  # no layer reads these
-        self.means.add(mean)
-        return weight, bias, responses
 
     def write_norm(self, norm: Norm, inputs: Tensor) -> Tensor:
         """The probes' activations after the norm: neurons come out with a variance of 1, and their wanted means."""
@@ -152,9 +139,10 @@ class Writing:
         mean = inputs.movedim(shift.axis, -1).flatten(0, -2).mean(0)
         values = (self.means.of(shift.channels) - mean)[None]
         if shift.places is not None:
-            functions = cosines_at(shift.places.to(inputs)) @ self.expert.place_values(self.keys.of(shift.channels)).T
+            functions = self.synthesizer.place_values(self.keys.of(shift.channels))
+            functions = cosines_at(shift.places.to(inputs)) @ functions.T
             functions = functions - functions.mean(0)
-            values = values + self.expert.place_scale.exp() * unit_rms(functions)
+            values = values + self.synthesizer.place_scale.exp() * unit_rms(functions)
         others = [size for axis, size in enumerate(shift.shape) if axis != shift.axis % len(shift.shape)]
         values = values.view(*others, -1).movedim(-1, shift.axis) if len(shift.shape) > 1 else values[0]
         values = bounded(shift.parameter(values))
@@ -165,7 +153,7 @@ class Writing:
         """The probes' activations multiplied by the parameter, each neuron's to a learned deviation."""
         variance = inputs.movedim(gain.axis, -1).flatten(0, -2).var(0, correction=0)
         keeps = gain.of_last or gain.channels.max() <= self.graph.channels  # classes, pixels: as they are
-        scale = torch.ones_like(variance) if keeps else self.expert.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
+        scale = torch.ones_like(variance) if keeps else self.synthesizer.gain_scale.exp() * torch.rsqrt(variance + 1e-2)
         shape = [1] * len(gain.shape)
         shape[gain.axis % len(shape)] = -1
         values = bounded(gain.parameter(scale.view(shape).expand(gain.shape)))
@@ -204,45 +192,14 @@ def mixtures_like(layer: Layer, written: Tensor, own: Tensor) -> Tensor:
     return ridge_regression(features, targets, features.new_tensor([0.01]))
 
 
-def without_preference(weight: Tensor, mean: Tensor, features: Tensor) -> Tensor:
-    """The weight of a last layer without a bias that prefers no class: what it gives for the `mean` [features] is taken
-    off along a direction in which the centred `features` [probes, features] hardly differ."""
-    ridge = mean.new_tensor([0.1])
-    direction = mean - ridge_regression(features, (features @ mean)[:, None], ridge)[0]
-    flat = weight.flatten(1)
-    least = mean @ mean / LARGEST + 1e-12
-    return (flat - torch.outer(flat @ mean, direction) / (direction @ mean).clamp(min=least)).view_as(weight)
-
-
-def features_of(layer: Layer, graph: ComputationGraph, inputs: Tensor, probes: int) -> Tensor | None:
-    """What regressions of a layer on so many probes may read, [probes, features]; None where there are none.
-
-    Logits are averaged over places in the end, and so may be what they are linear in. Those of hidden layers on the few
-    probes of a network with convolutions would fit these too closely.
-    """
-    whole = len(inputs) == probes
-    if layer.last and layer.groups == 1:
-        if layer.positions == 1 or not layer.is_convolution:
-            return per_probe(inputs, layer.axis, probes)
-        return layer.patches(inputs, LAST_POSITIONS)[0].mean(1) if whole else None
-    return inputs if whole and inputs.dim() == 2 and not (layer.last or graph.convolutional) else None
-
-
-def seen_by(layer: Layer, responses: Tensor, probes: int, task: Task) -> Tensor:
-    """What the probes' responses to a hidden layer, once it is written, say about its neurons, [neurons, dimension]."""
-    found = per_probe(F.relu(responses), layer.axis, probes)
+def seen_by(layer: Layer, responses: Tensor, probes: Probes) -> Tensor:
+    """What the probes' responses to a layer, once it is written, say about its neurons, [neurons, dimension]."""
+    found = per_probe(F.relu(responses), layer.axis, len(probes.images))
     if found is None:
-        return responses.new_zeros(layer.shape[0], task.responses.shape[1])
+        return responses.new_zeros(layer.shape[0], probes.responses.shape[1])
     responses = found - found.mean(0)
     responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-6)
-    return F.layer_norm(responses.T @ task.responses[:probes], task.responses.shape[1:])
-
-
-def responses_of(layer: Layer, features: Tensor, weights: dict[str, Tensor], task: Task) -> Tensor:
-    """What the probes' responses to a layer's current weights say about its neurons, [neurons, dimension]."""
-    responses = features @ layer.weight.of(weights).T
-    responses = responses * torch.rsqrt(responses.square().mean(0) + 1e-12)
-    return F.layer_norm(responses.T @ task.responses[: len(responses)], task.responses.shape[1:])
+    return F.layer_norm(responses.T @ probes.responses, probes.responses.shape[1:])
 
 
 def written_norm(

@@ -140,8 +140,8 @@ class ComputationGraph:
     ) -> Tensor:
         """What reaches a layer, where it is first used, of images, with these weights. The pass ends there.
 
-        Of an earlier layer the outputs may be `given`: what comes before it is then not computed. Raises RuntimeError
-        if anything but these outputs matters for what comes after.
+        Of an earlier layer the first outputs may be `given`: what comes before it is then not computed. Raises
+        RuntimeError if anything but these outputs matters for what comes after.
         """
         own = self._own(images, but=weights) | weights
         shapes = {name: tensor.to("meta") for name, tensor in own.items()} if given else own
@@ -151,7 +151,7 @@ class ComputationGraph:
         def compute(operation: Operation, inputs: Tensor) -> Tensor:
             if operation is layer:
                 raise Reached(inputs)
-            if given and operation is given[0]:
+            if given and operation is given[0] and inputs.is_meta:
                 return given[1]
             return operation.of(shapes if inputs.is_meta else own, inputs)
 

@@ -4,8 +4,9 @@
     python -m universal.reinforce --reward my_reward.py:reward --model my_net.py:Net --out mine.pth
 
 In every generation, candidates for a few numbers of the synthesiser (`model/tuning.py`) write the same networks from
-the same unseen inits, and only the order of their rewards is learned from. Neither the reward nor a written network is
-ever differentiated. What is saved is a synthesiser like any other. Killed, the same command goes on bit for bit.
+the same labelled images and unseen inits, and only the order of their rewards is learned from. Neither the reward nor a
+written network is ever differentiated. What is saved is a synthesiser like any other. Killed, the same command goes on
+bit for bit.
 
     torchrun --nproc-per-node=2 -m universal.reinforce --reward ternary --out ternary.pth
 
@@ -46,11 +47,11 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--candidates", type=number(int, 4, 10_000), default=20, help="tried in each generation")
     parser.add_argument("--networks", type=number(int, 1, 1000), default=2, help="that each candidate writes")
-    parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="training images for each network")
-    parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
     parser.add_argument(
-        "--scalars", action="store_true", help="search the writer's scalars too, not only how weights are spread"
+        "--limit", type=number(int, 2, 50_000), default=1000, help="training images that networks are written from"
     )
+    parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="others, that reward each network")
+    parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: random architectures)")
     add_training_options(parser, report_every=10, checkpoint="reinforcement.pth", out=Path("reinforced.pth"))
     add_data_options(parser)

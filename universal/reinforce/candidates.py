@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from target_cnn import Dataset
+from universal.data.labelled import apart
 from universal.evaluation.networks import EVALUATED_SHAPES
-from universal.model.synthesizer import GraphWeightSynthesizer, Unwritable
+from universal.model.looking import DoubtfulWeights
+from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 from universal.reinforce.rewards import Reward
+from universal.rules.synthesis import write
 from universal.training.architectures import draw_architecture
 
 
@@ -22,13 +26,22 @@ class Trial(NamedTuple):
 
     graph: ComputationGraph
     seed: int  # of the init, and of whatever the reward draws
-    images: Dataset
+    known: Dataset  # what the network is written from
+    images: Dataset  # what the reward is given
+
+
+def parted(data: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
+    """So many random images, and all others."""
+    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
+    return data[order[:count]], data[order[count:]]
 
 
 def draw_trials(
-    drawn: random.Random, build: Callable[[], nn.Module] | None, data: Dataset, networks: int, images: int
-) -> list[Trial]:
-    """So many `networks` from unseen inits, of random architectures or as `build` makes them, with `images` each.
+    drawn: random.Random, build: Callable[[], nn.Module] | None, known: Dataset, data: Dataset, networks: int,
+    images: int,
+) -> list[Trial]:  # fmt: skip
+    """So many `networks` from unseen inits, of random architectures or as `build` makes them, with `images` of `data`
+    each; to be written from what is `known`.
 
     None has the parameter shapes of a network that is evaluated, unless `build` makes it.
     """
@@ -36,19 +49,21 @@ def draw_trials(
     for _ in range(networks):
         seed = drawn.getrandbits(31)
         torch.manual_seed(seed)
-        network = build() if build else draw_architecture(drawn, refused=EVALUATED_SHAPES, colour=True)
-        graph = graph_of(network, data)
-        known = (data.labels < graph.classes).nonzero().squeeze(1)
-        batch = torch.randint(len(known), (images,)).to(known.device)
-        trials.append(Trial(graph, seed, data[known[batch]]))
+        graph = graph_of(build() if build else draw_architecture(drawn, refused=EVALUATED_SHAPES), data)
+        used = of_classes(data, graph)
+        batch = torch.randint(len(used.labels), (images,)).to(used.labels.device)
+        trials.append(Trial(graph, seed, of_classes(known, graph), used[batch]))
     return trials
 
 
 def graph_of(network: nn.Module, data: Dataset) -> ComputationGraph:
     """The graph of a network, where the images of `data` are."""
-    graph = ComputationGraph(network.to(data.images.device))
-    in_fastest_layout(Logits(graph), data.images[:2])
-    return graph
+    return ComputationGraph(network.to(data.images.device), data.images[:2].cpu())
+
+
+def of_classes(data: Dataset, graph: ComputationGraph) -> Dataset:
+    """The images of the classes that a network has."""
+    return data[data.labels < graph.classes]
 
 
 def with_tuning(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
@@ -59,16 +74,18 @@ def with_tuning(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
     return tunable
 
 
-def written(synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, seed: int) -> Logits | None:
-    """A copy of the network that is written from the random init of `seed`; None if its weights are not finite."""
+def written(synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, seed: int, known: Dataset) -> Logits | None:
+    """A copy of the network, written from what is `known` and the random init of `seed`; None if it cannot be."""
+    network = Logits(graph, copy.deepcopy(graph.module))  # what is left at its init must stay, whatever a reward does
     try:
-        synthesizer.fill(graph, seed)
-    except Unwritable:  # responses so large, or so alike, that no regression can be solved
+        with apart(), warnings.catch_warnings(action="ignore", category=DoubtfulWeights):
+            write(network.module, *known, seed=seed, limit=len(known.labels), synthesizer=synthesizer)
+    except ValueError:  # responses so large, or so alike, that no regression can be solved
         return None
-    return Logits(graph, copy.deepcopy(graph.module))  # rewards may change it, and what is left at its init must stay
+    return in_fastest_layout(network, known.images[:2])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def try_candidate(
     synthesizer: GraphWeightSynthesizer, offsets: Tensor, trials: list[Trial], reward: Reward
 ) -> list[float]:
@@ -79,8 +96,9 @@ def try_candidate(
     synthesizer.tuning.offsets.copy_(offsets)
     values = []
     for trial in trials:
-        network = written(synthesizer, trial.graph, trial.seed)
+        network = written(synthesizer, trial.graph, trial.seed, trial.known)
         torch.manual_seed(trial.seed)
-        value = -math.inf if network is None else reward.of(network, trial.images)
+        with torch.inference_mode():
+            value = -math.inf if network is None else reward.of(network, trial.images)
         values.append(-math.inf if math.isnan(value) else value)
     return values

@@ -12,8 +12,15 @@ from scripting import UserError
 from target_cnn import TargetCNN, scoring_data, training_data
 from universal.builders import load_builder
 from universal.model.synthesizer import GraphWeightSynthesizer
-from universal.model.tuning import SPREAD
-from universal.reinforce.candidates import draw_trials, graph_of, try_candidate, with_tuning, written
+from universal.reinforce.candidates import (
+    draw_trials,
+    graph_of,
+    of_classes,
+    parted,
+    try_candidate,
+    with_tuning,
+    written,
+)
 from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 
@@ -23,8 +30,8 @@ REPORTED_INITS = 3  # whose networks are scored in reports
 class Reinforcement:
     """The state of a search, for `run_to_end`: what a step, a generation of candidates, changes.
 
-    Raises UserError if there is no such reward or model, if the model cannot be read, or if the evaluations do not
-    suffice for a step.
+    Raises UserError if there is no such reward or model, if the model cannot be read, if the evaluations do not suffice
+    for a step, or if no images are left for rewards.
     """
 
     def __init__(
@@ -39,10 +46,11 @@ class Reinforcement:
         self.build = load_builder(options.model) if options.model else None
         self.synthesizer = with_tuning(synthesizer).to(options.device).eval()
         self.start = self.synthesizer.tuning.offsets.detach().clone()
-        self.searched = slice(0 if options.scalars else -len(SPREAD), None)  # rows
-        dimension = self.start[self.searched].numel()
-        self.search = CovarianceSearch(dimension, options.candidates, options.deviation, options.seed)
-        self.data = training_data(options.data, options.validation, options.device)
+        self.search = CovarianceSearch(self.start.numel(), options.candidates, options.deviation, options.seed)
+        data = training_data(options.data, options.validation, options.device)
+        self.known, self.data = parted(data, options.limit, options.seed)
+        if not len(self.data.labels):
+            raise UserError(f"--limit {options.limit}: no training images are left for rewards: lower it")
         self.validation = scoring_data(options.data, options.validation, options.device)
         torch.manual_seed(options.seed)
         try:
@@ -57,7 +65,7 @@ class Reinforcement:
         while self.step < until:
             # A seed of its own for every generation, the same in all processes.
             drawn = random.Random(f"{options.seed} {self.step}")
-            trials = draw_trials(drawn, self.build, self.data, options.networks, options.images)
+            trials = draw_trials(drawn, self.build, self.known, self.data, options.networks, options.images)
             candidates = self.search.ask()
             rewards = torch.zeros(len(candidates), len(trials), dtype=torch.float64)
             for index in range(self.rank, len(candidates), self.processes):
@@ -72,10 +80,8 @@ class Reinforcement:
             self.step += 1
 
     def offsets(self, moved: Tensor) -> Tensor:
-        """The offsets of a synthesiser, those that are searched `moved` so far, flat, from where they were."""
-        offsets = self.start.clone()
-        offsets[self.searched] += moved.to(offsets).view(-1, offsets.shape[1])
-        return offsets
+        """The offsets of a synthesiser, `moved` so far, flat, from where they were."""
+        return self.start + moved.to(self.start).view_as(self.start)
 
     @torch.no_grad()
     def result(self) -> GraphWeightSynthesizer:
@@ -90,8 +96,8 @@ class Reinforcement:
 
     def report(self, minutes_left: float) -> None:
         """Print the progress, with the mean accuracy on validation images of networks that the latest mean writes."""
-        validation = self.validation[self.validation.labels < self.reported.classes]
-        networks = [written(self.result(), self.reported, seed) for seed in range(REPORTED_INITS)]
+        known, validation = (of_classes(data, self.reported) for data in (self.known, self.validation))
+        networks = [written(self.result(), self.reported, seed, known) for seed in range(REPORTED_INITS)]
         accuracy = fmean(
             float("nan") if network is None else score_after(self.reward.rounding, network, validation).accuracy_percent
             for network in networks
@@ -106,8 +112,8 @@ class Reinforcement:
     def settings(self) -> dict:
         """What a search that goes on must share with the one that was interrupted."""
         names = (
-            "seed", "reward", "model", "synthesizer", "evaluations", "candidates", "networks", "images", "deviation",
-            "scalars", "validation",
+            "seed", "reward", "model", "synthesizer", "evaluations", "candidates", "networks", "limit", "images",
+            "deviation", "validation",
         )  # fmt: skip
         return {name: str(getattr(self.options, name)) for name in names}
 

@@ -17,7 +17,8 @@ class Activation:
     """What follows a layer, element by element: a usual function if it has the values of one, or else straight lines
     between the known points and beyond them.
 
-    It `is_linear`, or `is_odd` about its centre: then a direction and its opposite say the same. A norm that follows is
+    It `is_linear`, or `is_odd` about its centre: then a direction and its opposite say the same; or it
+    `is_flatter_below`, as a rectifier. A norm that follows is
     taken to be followed by a rectifier, as it mostly is.
     """
 
@@ -29,6 +30,7 @@ class Activation:
         usual = (function for function in USUAL if (function(points) - values).abs().max() < ALIKE)
         self.function = next(usual, self.interpolated)
         self.values, self.slopes = values.tolist(), (values.diff() / points.diff()).tolist()
+        self.is_flatter_below = abs(self.slopes[0]) < self.slopes[-1] / 2
         self.is_linear = max(self.slopes) - min(self.slopes) < 0.05
         self.is_odd = all(abs(values[3 + i] + values[3 - i] - 2 * values[3]) < 0.05 for i in (1, 2, 3))
 

@@ -5,7 +5,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from universal.data.labelled import HELD_OUT, agreed
+from universal.data.labelled import HELD_OUT, agreed, is_shared
 from universal.rules.features import Chunk, Features
 from universal.rules.moments import Moments, Regression, Solved
 from universal.rules.numbers import Numbers
@@ -69,7 +69,7 @@ def logistic(
     rows, labels, folds = zip(*chunks, strict=True)
     one_hot, sizes = F.one_hot(torch.cat(labels), len(start.bias)).to(mean), [len(part) for part in rows]
     used = (torch.cat(folds) != without).to(mean)[:, None]
-    shared = dist.is_initialized() and are_shares
+    shared = is_shared() and are_shares
 
     def over_all(value: Tensor) -> Tensor:
         if shared:

@@ -52,8 +52,8 @@ class Context(NamedTuple):
             return 1.0
         least, inside = self.numbers.side, torch.ones(count, len(grid), dtype=torch.bool)
         for along in grid.T:
-            size = least + (1 - least) * torch.rand(count, 1, generator=self.generator)
-            first = (1 - size) * torch.rand(count, 1, generator=self.generator)
+            size = least + (1 - least) * torch.rand(count, 1, dtype=torch.float32, generator=self.generator)
+            first = (1 - size) * torch.rand(count, 1, dtype=torch.float32, generator=self.generator)
             inside &= (along >= first) & (along <= first + size)
         channels = self.layer.shape[1] // len(grid)
         return self.layer.weight_of(inside[:, None].expand(-1, channels, -1).float()).to(self.features)
@@ -149,7 +149,7 @@ def thresholds(
     apart = (weight.square() @ features[:512].var(0)).sqrt()  # the deviation if the features were independent
     scale = responses.std(0) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
     least, most = (0.5, 0.5) if activation.is_linear else (numbers.least_on, numbers.most_on)
-    on = least + (most - least) * torch.rand(len(weight), generator=generator).to(weight)
+    on = least + (most - least) * torch.rand(len(weight), dtype=torch.float32, generator=generator).to(weight)
     quantile = math.sqrt(2) * torch.erfinv(1 - 2 * on)  # of a normal distribution, which sums of many features are near
     return weight / scale[:, None], -responses.mean(0) / scale - quantile
 

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from target_cnn import fast_bf16
-from universal.data.labelled import LabelledImages, gathered
+from universal.data.labelled import LabelledImages, gathered, is_shared
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
 
@@ -99,7 +98,7 @@ class Features:
     def sample(self) -> Chunk:
         """Those of the images of the sample."""
         wanted = self.data.sample
-        if self.data.resident is not None and not dist.is_initialized():  # it begins with the sample
+        if self.data.resident is not None and not is_shared():  # it begins with the sample
             chunks, count = [], 0
             for chunk in self:
                 chunks.append(chunk)
@@ -117,7 +116,7 @@ class Features:
     def in_memory(self, sample: Chunk) -> tuple[list[Chunk], bool]:
         """What can be passed over again at no cost, and whether it is this process's share of all: all, after a pass in
         which every process has kept them, or else the sample."""
-        kept = all(gathered(self.all_kept)) if dist.is_initialized() else self.all_kept
+        kept = all(gathered(self.all_kept)) if is_shared() else self.all_kept
         return (list(self), True) if kept else ([sample], False)
 
     def of(self, images: Tensor) -> Tensor:

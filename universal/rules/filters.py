@@ -35,7 +35,8 @@ def first_axes(centred: Tensor, most: int) -> tuple[Tensor, Tensor]:
     fewer, so that their order would matter.
     """
     generator = torch.Generator().manual_seed(0)
-    mixtures = torch.randn(len(centred), min(most, *centred.shape), generator=generator).to(centred)
+    shape = len(centred), min(most, *centred.shape)
+    mixtures = torch.randn(shape, dtype=torch.float32, generator=generator).to(centred)
     for _ in range(3):
         basis = torch.linalg.qr(centred.T @ mixtures)[0]
         mixtures = centred @ basis
@@ -92,7 +93,7 @@ def pooled_candidates(
     """Directions of which to choose before maps or tokens are averaged: of the rows, and of the labels and random
     mixtures of these."""
     classes = label_directions(means, one_hot, numbers.label_ridge)
-    mixed = torch.randn(count, len(classes), generator=generator).to(classes) @ classes
+    mixed = torch.randn(count, len(classes), dtype=torch.float32, generator=generator).to(classes) @ classes
     guided = F.normalize(torch.cat([classes, mixed]), dim=1)
     return torch.cat([directions(rows, CANDIDATES * count, True, numbers, generator), guided, -guided])
 
@@ -107,6 +108,7 @@ def into_stream(
     centred = means - means.mean(0)
     parts = [(part, size / ((centred @ part.T).std(0)[:, None] + 1e-6)) for part, size in parts if len(part)]
     basis = torch.cat([size * part for part, size in parts])
-    turn = torch.linalg.qr(torch.randn(count, count, generator=generator))[0][:, : len(basis)].to(basis)
+    random = torch.randn(count, count, dtype=torch.float32, generator=generator)
+    turn = torch.linalg.qr(random)[0][:, : len(basis)].to(basis)
     weight = turn @ basis
     return weight / (((rows - rows.mean(0)) @ weight.T).std() + 1e-6)

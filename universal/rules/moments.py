@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from universal.data.labelled import gathered
+from universal.data.labelled import gathered, is_shared
 
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)  # relative to the mean variance of a feature
 USUAL = 0.1  # where no image is held out
@@ -109,7 +109,9 @@ class Sums:
             mean_x, mean_t = sum_x / self.count * intercept, sum_t / self.count * intercept
             x, right, matrix = None, cross.addr(mean_x, sum_t, alpha=-1), gram.addr(mean_x, sum_x, alpha=-1)
         diagonal = matrix.diagonal().clone()
-        unit = diagonal.sum() / len(mean_x) + 1e-12
+        unit = diagonal.abs().sum() / len(mean_x) + 1e-12  # rounding may leave less than nothing of what is constant
+        if not unit.isfinite():
+            raise torch.linalg.LinAlgError("squares of features are infinite")
 
         def solve(strength: float) -> Solved:
             failed = True
@@ -147,7 +149,7 @@ class Moments:
 
     def over_processes(self) -> "Moments":
         """Add up what all processes have found, if there are several."""
-        if dist.is_initialized():
+        if is_shared():
             self.fitted.over_processes()
             self.held_out.over_processes()
         return self

@@ -4,7 +4,7 @@ The module runs on a few hundred images, and each layer is written where it is f
 and the labels. A dense layer is a regression of all images, for which the module runs up to that layer on them.
 """
 
-import math
+import contextlib
 import time
 import warnings
 from collections import ChainMap
@@ -15,21 +15,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages
-from universal.model.looking import DoubtfulWeights
+from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages, agreed
+from universal.model.balance import balance
+from universal.model.looking import DoubtfulWeights, doubt
 from universal.model.sizes import bounded
-from universal.model.synthesizer import random_weights
+from universal.model.synthesizer import GraphWeightSynthesizer, default_synthesizer, random_weights, trunk_end
 from universal.model.writing import NeuronRows, written_norm
+from universal.model.writing import Writing as LearnedWriting
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
-from universal.reading.graph import ComputationGraph
+from universal.reading.graph import ComputationGraph, Reached
 from universal.rules.activation import Activation
 from universal.rules.classes import classifier
 from universal.rules.dense import dense_layer, thresholds
 from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order, of_images
 from universal.rules.filters import directions, into_stream, pooled_candidates, principal
-from universal.rules.numbers import Coefficients, Numbers, load_coefficients, numbers_of
+from universal.rules.judging import judged
+from universal.rules.numbers import Numbers
 from universal.rules.selection import forward_selection
 
+PROBES = 300  # images that the learned layers are written from
+JUDGES = 1500  # images by which it is chosen how layers before dense ones are written
+ALIKE = 0.02  # a share of the loss, within which the learned ones are taken
+LOOKED_AT = 100  # images held out that a written network is looked at with
 FIRST, FIRST_TO_CHOOSE = 600, 1200  # images that all but dense layers are written from; some by what the labels say
 MANY_GROUPS = 8
 PART = 100  # images whose responses to all candidates are looked at together
@@ -73,18 +80,20 @@ def synthesize(
 @torch.no_grad()
 def write(
     module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES,
-    coefficients: Coefficients | None = None,
+    synthesizer: GraphWeightSynthesizer | None = None,
 ) -> Accounts:  # fmt: skip
     """Write the weights of `module` in place for labelled images, in closed form; what came of it.
 
     `images` are a tensor as the module takes them, with `labels` [N], or a Dataset or DataLoader of pairs; of more than
     `limit`, so many are used. What is random comes from the random init that the module has, or with `seed` from a
-    fresh one. The numbers that the rules have come from `coefficients`, those of the file numbers.json unless given.
+    fresh one. `synthesizer` has what is learned, by default that of this repository.
     Parameters with `requires_grad=False` are kept. Warns of what is no better than chance (DoubtfulWeights). Raises
-    ValueError, in one line, for images, labels or modules that do not go together or cannot be read; then nothing is
-    changed.
+    ValueError, in one line, for images, labels or modules that do not go together or cannot be read, and TypeError for
+    what is no module; then nothing is changed.
     """
     start = time.perf_counter()
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"a {type(module).__name__} cannot be written: give a torch.nn.Module")
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     data = LabelledImages(images, labels, 0 if seed is None else seed, limit, device)
     graph = ComputationGraph(module, data.sample.images[:2].cpu())
@@ -94,20 +103,33 @@ def write(
             + "s" * (graph.classes > 1)
         )
     own = graph.weights() | ({} if seed is None else random_weights(graph, seed))
-    coefficients = load_coefficients() if coefficients is None else coefficients
-    writing = Writing(graph, data, {name: tensor.to(device) for name, tensor in own.items()}, coefficients)
+    synthesizer = default_synthesizer(device) if synthesizer is None else synthesizer
+    own = {name: tensor.to(device) for name, tensor in own.items()}
+    state = graph.state()
+    for name in [name for name in graph.written if name in own]:
+        if state[name].is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name}: was made in inference mode and cannot be written: make it outside")
+        if not own[name].isfinite().all():
+            raise ValueError(f"{name}: holds NaN or infinite weights")
     try:
+        writing = better([Writing(graph, data, own, synthesizer, learned) for learned in (True, False)])
         written = writing.write()
     except torch.linalg.LinAlgError as error:
         reason = "what reaches one of its layers is beyond the precision of its numbers"
         raise ValueError(f"{type(graph.module).__name__}: cannot be written: {reason}") from error
-    state = graph.state()
     broken = next((name for name, tensor in written.items() if not tensor.isfinite().all()), None)
     if broken is not None:
         raise ValueError(f"{broken}: cannot be written: the network makes NaN or infinite values of the images")
+    written |= balance(graph, own | written, writing.images)
+    learned = dict(graph.module.named_parameters())
+    written |= {name: bounded(tensor) for name, tensor in written.items() if name in learned}
     for name in graph.written:
         state[name].copy_(written.get(name, torch.ones(())))  # of batches, a norm has seen one
-    warn_of_chance(writing.held_out_percent, data.sample.labels[data.sample.folds == HELD_OUT])
+    held_out = (data.sample.folds == HELD_OUT).nonzero()[:LOOKED_AT, 0]
+    if writing.held_out_percent is not None:
+        doubtful = doubt(graph, data.sample.images[held_out], data.sample.labels[held_out], writing.held_out_percent)
+        if doubtful is not None:
+            warnings.warn(doubtful, DoubtfulWeights, stacklevel=3)  # past no_grad
     missing = sorted({*range(graph.classes)} - {*data.present})
     return Accounts(
         graph.with_tied(graph.written), graph.with_tied(graph.left), graph.count, data.count, missing,
@@ -115,31 +137,31 @@ def write(
     )  # fmt: skip
 
 
-def warn_of_chance(held_out_percent: float | None, labels: Tensor) -> None:
-    """Warn where a network does no better on images held out than to say what most of them are."""
-    if held_out_percent is None or len(labels) < FEWEST:
-        return
-    guessed = 100 * labels.bincount().max().item() / len(labels)
-    clearly_more = guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels))
-    if held_out_percent <= min(clearly_more, (guessed + 100) / 2):
-        warnings.warn(
-            f"{held_out_percent:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent "
-            "class is always said: do not rely on these weights", DoubtfulWeights, stacklevel=4,
-        )  # fmt: skip
+def better(writings: list["Writing"]) -> "Writing":
+    """That whose layers before the dense ones say most of the labels, where there are any; of nearly equal ones the
+    first."""
+    if writings[0].end is writings[0].graph.layers[0]:
+        return writings[-1]
+    losses = [agreed(writing.write_trunk()) * (1 + place * ALIKE) for place, writing in enumerate(writings)]
+    return writings[losses.index(min(losses))]
 
 
 class Writing:
     """The one pass in which everything is written: `written`, by name."""
 
     def __init__(
-        self, graph: ComputationGraph, data: LabelledImages, own: dict[str, Tensor], coefficients: Coefficients
+        self, graph: ComputationGraph, data: LabelledImages, own: dict[str, Tensor],
+        synthesizer: GraphWeightSynthesizer, learned: bool,
     ):  # fmt: skip
-        self.graph, self.data, self.own, self.coefficients = graph, data, own, coefficients
+        self.graph, self.data, self.own, self.numbers = graph, data, own, Numbers()
         self.written: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
         chosen = any(layer.pooled or (layer.resolution > 1 and not layer.is_convolution) for layer in graph.layers)
         first = min(FIRST_TO_CHOOSE if chosen else FIRST, chunk_size(graph, data.shape, ROOM))
         used = (data.sample.folds != HELD_OUT).nonzero()[:first, 0]
+        self.end, self.trunk_is_written = trunk_end(graph), False
+        if learned:
+            used = used[:PROBES]
         self.images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
         self.one_hot = F.one_hot(labels, len(data.present)).to(self.images)
         readers = [*graph.layers, *graph.norms, *graph.shifts]
@@ -149,15 +171,63 @@ class Writing:
             [torch.zeros(0, dtype=torch.long), *(each.flatten() for each in pairs if each.shape[1] > 1)]
         )
         self.means = NeuronRows(graph, torch.zeros(graph.channels))
+        self.learned, self.tuning = None, synthesizer.tuning
+        if learned:
+            self.learned = LearnedWriting(synthesizer, graph, own, synthesizer.probes(self.images, self.one_hot))
+            self.learned.written, self.means = self.written, self.learned.means
         self.features: Features | None = None  # of the last dense layer so far
         self.held_out_percent: float | None = None
 
     def write(self) -> dict[str, Tensor]:
+        """Everything that is not written yet; all, by name."""
         self.graph.write(self.images, self.written, self.write_operation)
         return self.written
 
+    def write_trunk(self) -> float:
+        """What comes before `end`; the cross-entropy of a ridge regression on what it makes of some images."""
+
+        def write(operation: Operation, inputs: Tensor) -> Tensor:
+            if operation is self.end:
+                raise Reached(inputs)
+            return self.write_operation(operation, inputs)
+
+        with contextlib.suppress(Reached):
+            self.graph.write(self.images, self.written, write)
+        self.trunk_is_written = True
+        sample = self.data.sample
+        some = (sample.folds != HELD_OUT).nonzero()[-JUDGES:, 0]  # the first ones were seen
+        part = chunk_size(self.graph, self.data.shape)
+        features = torch.cat([
+            features_of(self.end, self.graph.inputs_of(self.end, images, dict(self.weights)), len(images))
+            for images in in_fastest_order(sample.images[some]).split(part)
+        ])  # fmt: skip
+        labels = sample.labels[some]
+        support, query = features.split([len(some) - len(some) // 3, len(some) // 3])
+        one_hot = F.one_hot(labels[: len(support)], len(self.data.present)).to(features)
+        return judged(support, one_hot, query, labels[len(support) :])[0].item()
+
     def write_operation(self, operation: Operation, inputs: Tensor) -> Tensor:
-        """Write an operation's parameters; what it then gives for the first images' `inputs`."""
+        """Write an operation's parameters; what it then gives for the first images' `inputs`.
+
+        A layer's weight is then spread as the synthesiser's tuning says.
+        """
+        if operation is self.end:
+            self.learned = None
+            self.trunk_is_written = False
+        if self.trunk_is_written:
+            return operation.of(self.weights, inputs)
+        write = self.write_by_rules if self.learned is None else self.learned.write_operation
+        outputs = write(operation, inputs)
+        if self.tuning is None or not isinstance(operation, Layer) or operation.weight.frozen:
+            return outputs
+        weight, bias = operation.weight, operation.bias
+        values = self.tuning.tuned(operation, inputs, weight.of(self.weights), bias and bias.of(self.weights))
+        weight.put(self.written, bounded(values[0]), self.own)
+        if bias:
+            bias.put(self.written, bounded(values[1]), self.own)
+        return operation.of(self.weights, inputs)
+
+    def write_by_rules(self, operation: Operation, inputs: Tensor) -> Tensor:
         if isinstance(operation, Layer):
             self.write_layer(operation, inputs)
         elif isinstance(operation, Norm) and operation.parts:
@@ -170,13 +240,6 @@ class Writing:
             operation.part.put(self.written, operation.parameter(values.to(inputs)), self.own)
         return operation.of(self.weights, inputs)
 
-    def numbers(self, layer: Layer) -> Numbers:
-        """The numbers of the rules for a layer."""
-        return self.numbers_at(layer.index / max(len(self.graph.layers) - 1, 1))
-
-    def numbers_at(self, depth: float) -> Numbers:
-        return numbers_of(self.coefficients, self.data.count, depth)
-
     @property
     def weights(self) -> ChainMap:
         return ChainMap(self.written, self.own)
@@ -185,9 +248,9 @@ class Writing:
         """What is added to activations: nothing, or what tells places apart, as large as the activations."""
         if shift.places is None:
             return torch.zeros(shift.shape)
-        random = torch.randn(shift.shape, generator=self.generator)
+        random = torch.randn(shift.shape, dtype=torch.float32, generator=self.generator)
         spread = inputs.movedim(shift.axis, -1).flatten(0, -2).abs().mean(0)  # by which channels are told apart
-        size = inputs.std().cpu() * self.numbers_at(0.0).places
+        size = inputs.std().cpu() * self.numbers.places
         return size * random.index_select(shift.axis, spread.argsort().argsort().cpu())
 
     def write_layer(self, layer: Layer, inputs: Tensor) -> None:
@@ -200,7 +263,7 @@ class Writing:
             weight, bias = self.from_rows(layer, inputs)
         else:
             self.features = Features(self.graph, layer, self.data, dict(self.weights), self.features)
-            weight, bias = (self.of_classes if layer.last else self.dense)(layer, self.features)
+            weight, bias = self.of_classes(layer, inputs) if layer.last else self.dense(layer, self.features)
         layer.weight.put(self.written, bounded(weight.view(layer.shape)), self.own)
         if layer.bias:
             layer.bias.put(self.written, bounded(bias), self.own)
@@ -220,7 +283,7 @@ class Writing:
         rows = rows.flatten(1, 2)[:, some]
         weight = torch.stack([self.of_group(layer, group, values) for group, values in enumerate(rows)])
         responses = torch.einsum("gnf,gcf->ngc", rows, weight).flatten(1)
-        scale, threshold, mean = to_scale(layer, responses, self.numbers(layer).active)
+        scale, threshold, mean = to_scale(layer, responses, self.numbers.active)
         order = own_order(layer, self.own)
         self.means.add(mean[order].cpu())
         return weight.flatten(0, 1).div(scale[:, None])[order], (-threshold / scale)[order]
@@ -229,15 +292,15 @@ class Writing:
         """Directions for the neurons of a group."""
         count = layer.shape[0] // layer.groups
         if layer.groups > MANY_GROUPS:  # depthwise: a principal direction of the channel
-            vectors, inverse_root = principal(rows, 4, self.numbers(layer).whitening)
+            vectors, inverse_root = principal(rows, 4, self.numbers.whitening)
             chosen = [(group + i) % len(vectors) for i in range(count)]
             return (vectors * inverse_root[:, None])[chosen]
-        return directions(rows, count, not Activation(layer).is_odd, self.numbers(layer), self.generator)
+        return directions(rows, count, not Activation(layer).is_odd, self.numbers, self.generator)
 
     def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates,
         those whose means say most of the labels."""
-        activation, count, numbers = Activation(layer), layer.shape[0], self.numbers(layer)
+        activation, count, numbers = Activation(layer), layer.shape[0], self.numbers
         some = torch.randperm(rows.shape[0] * rows.shape[1], generator=self.generator)[:MOST_ROWS].to(rows.device)
         some = rows.flatten(0, 1)[some]
         weight = pooled_candidates(some, rows.mean(1), self.one_hot, count, numbers, self.generator)
@@ -269,7 +332,7 @@ class Writing:
         which are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
         neurons = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
         compared = ~torch.isin(neurons, torch.cat([self.read, self.summed]))
-        tokens, numbers = rows.flatten(0, 1), self.numbers(layer)
+        tokens, numbers = rows.flatten(0, 1), self.numbers
         vectors, inverse_root = principal(tokens, layer.shape[0], numbers.whitening)
         weight = rows.new_zeros(layer.shape[0], rows.shape[2])
         count = int(compared.sum())
@@ -296,20 +359,22 @@ class Writing:
         sample = features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
         weight, bias = dense_layer(
-            layer, known, judging, len(self.data.present), self.numbers(layer), self.generator
+            layer, known, judging, len(self.data.present), self.numbers, self.generator
         )  # fmt: skip
         order = own_order(layer, self.own)
         weight, bias = weight[order], bias[order]
         self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
         return weight, bias
 
-    def of_classes(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the last layer."""
-        intercept = layer.bias is not None and not layer.bias.frozen
-        regression, self.held_out_percent = classifier(features, len(self.data.present), intercept, self.numbers(layer))
+    def of_classes(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the last layer, whose `inputs` are those of the first images."""
+        intercept, classes = layer.bias is not None and not layer.bias.frozen, len(self.data.present)
+        regression, self.held_out_percent = classifier(self.features, classes, intercept, self.numbers)
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
+        if intercept and layer.activation and Activation(layer).is_flatter_below:  # as where SqueezeNet ends
+            bias = bias - layer(inputs, weight.view(layer.shape), bias).min().clamp(max=0)
         self.means.add(torch.zeros(layer.shape[0]))
         return weight, bias
 

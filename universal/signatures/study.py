@@ -30,7 +30,7 @@ from scripting import (
 from target_cnn import Dataset, scoring_data, training_data
 from target_cnn import score as accuracy_of
 from universal.evaluation.networks import EVALUATED
-from universal.model.synthesizer import load_synthesizer
+from universal.rules.synthesis import synthesize
 from universal.signatures.detection import (
     SIGNATURES,
     LabelledSignatures,
@@ -193,12 +193,11 @@ def with_shuffled_labels(options: argparse.Namespace, seed: int, train: Dataset)
         yield f"seed {seed}, {share:.0%} of the labels shuffled", network
 
 
-def as_synthesised(options: argparse.Namespace, seed: int, _) -> Networks:
+def as_synthesised(options: argparse.Namespace, seed: int, train: Dataset) -> Networks:
     """Networks that the synthesiser writes."""
-    synthesizer = load_synthesizer(device=options.device)
     for name in WRITTEN:
         torch.manual_seed(seed)
-        yield f"{name}, seed {seed}", synthesizer.synthesize(EVALUATED[name]().to(options.device))
+        yield f"{name}, seed {seed}", synthesize(EVALUATED[name]().to(options.device), *train)
 
 
 # One more question is one more entry here.

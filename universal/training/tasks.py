@@ -169,10 +169,38 @@ def outlines(draw: random.Random, labels: Tensor, classes: int, side: int) -> Te
     return torch.sigmoid(-2 * sharp)[:, None]
 
 
+@cache
+def photograph() -> Tensor:
+    """The photograph that comes with matplotlib, [3, height, width] within [0, 1]."""
+    return pil_to_tensor(Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg")) / 255
+
+
+def places(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
+    """Pieces of a photograph, around a place and of a size and a slant that depend on the class."""
+    picture = photograph() if draw.random() < 0.6 else photograph().mean(0, keepdim=True)
+    n, (height, width) = len(labels), picture.shape[1:]
+    spread = draw.uniform(0.02, 0.3)
+    size = (0.05 + 0.2 * torch.rand(classes))[labels] * (spread * torch.randn(n)).exp()
+    angle = (math.pi * (2 * torch.rand(classes) - 1))[labels] + spread * torch.randn(n)
+    centre = (1.4 * torch.rand(classes, 2) - 0.7)[labels] + spread * (2 * torch.rand(n, 2) - 1)
+    c, s = size * angle.cos(), size * angle.sin()
+    across = height / width  # so that pieces are square
+    maps = torch.stack([
+        torch.stack([c * across, -s * across, centre[:, 0]], 1), torch.stack([s, c, centre[:, 1]], 1)
+    ], 1)  # fmt: skip
+    grids = F.affine_grid(maps, [n, 1, side, side], align_corners=False)
+    picture = F.avg_pool2d(picture, 2) if side < 24 else picture
+    return (
+        F.grid_sample(picture[None], grids.flatten(0, 1)[None], padding_mode="reflection", align_corners=False)[0]
+        .unflatten(1, (n, side))
+        .movedim(1, 0)
+    )
+
+
 Kind = Callable[[random.Random, Tensor, int, int], Tensor]
 KINDS: dict[str, tuple[float, Kind]] = {
     "digits": (3, digits), "glyphs": (3, glyphs), "leaves": (2, leaves), "waves": (0.5, waves),
-    "textures": (1, textures),
+    "textures": (1, textures), "places": (1.5, places),
 }  # fmt: skip
 HELD_OUT_KINDS: dict[str, tuple[float, Kind]] = {
     "held-out glyphs": (1, partial(glyphs, fonts=HELD_OUT_FONTS, scripts=SCRIPTS_OF_HELD_OUT_FONTS)),
