@@ -208,6 +208,15 @@ def test_what_cannot_be_differentiated_stays_as_it_is():
     assert balance(graph, weights, torch.randn(40, 1, 28, 28)) is weights
 
 
+def test_what_would_take_too_long_stays_as_it_is(monkeypatch):
+    torch.manual_seed(0)
+    graph = ComputationGraph(cnn([4, 8], 16))
+    weights, images = graph.weights(), torch.randn(20, 1, 28, 28)
+    assert balance(graph, weights, images) is not weights
+    monkeypatch.setattr("universal.model.balance.MOST_MULTIPLICATIONS", graph.multiplications)
+    assert balance(graph, weights, images) is weights
+
+
 def test_balance_keeps_within_the_bound():
     graph = ComputationGraph(normalised(nn.BatchNorm2d))
     weights = graph.weights() | random_weights(graph, 0)

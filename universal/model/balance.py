@@ -16,6 +16,7 @@ from universal.reading.calls import STATISTICS, Norm, Operation
 from universal.reading.graph import ComputationGraph
 
 MOST_TENSORS = 200  # each of which takes a forward pass
+MOST_MULTIPLICATIONS = 1e10  # of all these passes: seconds
 IMAGES = 32
 USUAL_SLOPE = 7.0  # of the logits, by one of a network's tensors: about that of random inits
 STEEP = 140.0  # that by all of them, where large steps end a training from large logits
@@ -27,11 +28,13 @@ def balance(graph: ComputationGraph, weights: dict[str, Tensor], images: Tensor)
     need be.
 
     The logits of a network without norms that is STEEP all the same are FLATTENED. If anything else changed for the
-    `images`, or if the network cannot be differentiated, all stays as it is.
+    `images`, if the network cannot be differentiated, or if it would take too long, all stays as it is.
     """
     parameters = dict(graph.module.named_parameters())
     names = [name for name in graph.written if name in parameters and name not in graph.left]
     if not 0 < len(names) <= min(MOST_TENSORS, len(images) * (graph.classes - 1)):
+        return weights
+    if len(names) * images_needed(graph, names) * graph.multiplications > MOST_MULTIPLICATIONS:
         return weights
     with torch.inference_mode(False), torch.no_grad():
         own, images = {name: tensor.clone() for name, tensor in weights.items()}, images.detach().clone()
@@ -66,13 +69,17 @@ def slopes_of(graph: ComputationGraph, weights: dict[str, Tensor], names: list[s
     return (torch.tensor(squares, dtype=torch.float64) / len(images)).sqrt()
 
 
+def images_needed(graph: ComputationGraph, names: list[str]) -> int:
+    """As many as tell the ways to scale so many tensors."""
+    return max(8 if graph.norms else 2, math.ceil(1.5 * len(names) / (graph.classes - 1)))
+
+
 def symmetries(graph: ComputationGraph, weights: dict[str, Tensor], names: list[str], images: Tensor) -> Tensor:
     """The ways to scale tensors against each other that change nothing, [names, ways]: logarithms of their factors.
 
     They are the null space of the derivatives of the logits by these logarithms.
     """
-    count = max(8 if graph.norms else 2, math.ceil(1.5 * len(names) / (graph.classes - 1)))
-    images = images[:count].double()
+    images = images[: images_needed(graph, names)].double()
     weights = {name: tensor.double() for name, tensor in weights.items()}
 
     def logits_with(changes: dict[str, Tensor]) -> Tensor:

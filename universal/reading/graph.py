@@ -9,6 +9,7 @@ which are already those of the written layers before it.
 
 import contextlib
 import itertools
+import math
 import sys
 import threading
 from collections import ChainMap
@@ -262,6 +263,13 @@ class ComputationGraph:
         with reading:
             output = functional_call(self.module, state, inputs)
         reading.finish(output, type(self.module).__name__)
+
+    @property
+    def multiplications(self) -> float:
+        """How many an input costs, nearly."""
+        return sum(
+            math.prod(layer.shape) * max(layer.resolution, 1) ** max(len(layer.shape) - 2, 1) for layer in self.layers
+        )
 
     @property
     def convolutional(self) -> bool:

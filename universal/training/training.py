@@ -28,13 +28,6 @@ LARGEST_GRADIENT = 1.0  # of one network: some are a hundred times larger than o
 LEARNED = [family for family in FAMILIES if family != "mlp"]
 
 
-def multiplications(graph: ComputationGraph) -> float:
-    """How many an image costs, nearly."""
-    return sum(
-        math.prod(layer.shape) * max(layer.resolution, 1) ** max(len(layer.shape) - 2, 1) for layer in graph.layers
-    )
-
-
 class Reward(nn.Module):
     """What the layers that a synthesiser writes are worth."""
 
@@ -109,7 +102,7 @@ class Training:
             draw = random.Random(f"{self.options.seed} {self.step} {self.rank} {place}")
             task, graph = self.drawn(draw, self.kinds, self.options.families)
             init = fresh_init(graph, draw.getrandbits(31), self.options.device)
-            share = min(1.0, max(LEAST_SHARE, ORDINARY / multiplications(graph)))
+            share = min(1.0, max(LEAST_SHARE, ORDINARY / graph.multiplications))
             task = task._replace(train=task.train[: round(share * SUPPORT)], test=task.test[: round(share * QUERY)])
             reward, _ = self.reward(graph, init, task, round(share * draw.randint(*PROBES)))
             loss = (reward + 0.02).log()  # lets good and bad architectures weigh alike
