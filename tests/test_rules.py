@@ -967,3 +967,18 @@ def test_what_ends_it_midway_leaves_the_module_as_it_was(error, monkeypatch):
         synthesize(network, *images(), seed=0)
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     assert network.training and len(calls) == 4
+
+
+def test_where_one_way_of_writing_breaks_the_other_is_taken(monkeypatch):
+    def refuse(*_):
+        raise torch.linalg.LinAlgError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synthesis, "better", lambda writings: writings[-1])
+        by_rules = synthesize(made("convolutions"), *images(), seed=0)
+    monkeypatch.setattr(synthesis.LearnedWriting, "write_layer", refuse)
+    network = synthesize(made("convolutions"), *images(), seed=0)
+    assert all(map(torch.equal, network.parameters(), by_rules.parameters()))
+    monkeypatch.setattr(synthesis.Writing, "write_layer", refuse)
+    with pytest.raises(ValueError, match="cannot be written"):
+        synthesize(made("convolutions"), *images(), seed=0)

@@ -6,7 +6,6 @@ labelled images, the probes: so every layer knows what reaches it. What a neuron
 of the first layer sum up to, over its neurons, makes the network's variant, which all its layers know.
 """
 
-import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
 from universal.model.sizes import bounded
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
-from universal.reading.graph import ComputationGraph, Reached
+from universal.reading.graph import ComputationGraph
 
 if TYPE_CHECKING:
     from universal.model.synthesizer import GraphWeightSynthesizer
@@ -83,14 +82,7 @@ class Writing:
 
     def write_up_to(self, end: Layer) -> dict[str, Tensor]:
         """Everything before a layer, by name."""
-
-        def write(operation: Operation, inputs: Tensor) -> Tensor:
-            if operation is end:
-                raise Reached(inputs)
-            return self.write_operation(operation, inputs)
-
-        with contextlib.suppress(Reached):
-            self.graph.write(self.probes.images, self.written, write)
+        self.graph.write(self.probes.images, self.written, self.write_operation, end)
         return self.written
 
     def write_operation(self, operation: Operation, inputs: Tensor) -> Tensor:

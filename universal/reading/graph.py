@@ -120,8 +120,10 @@ class ComputationGraph:
 
         return self._forward(images, weights, compute)
 
-    def write(self, images: Tensor, written: dict[str, Tensor], write: Callable) -> Tensor:
-        """The logits of images, of the example's shape, while the weights are written.
+    def write(
+        self, images: Tensor, written: dict[str, Tensor], write: Callable, end: Layer | None = None
+    ) -> None:  # fmt: skip
+        """Run images, of the example's shape, while the weights are written, up to the layer `end` if there is one.
 
         `write(operation, inputs)` returns the outputs, and puts into `written` what it writes. It is called
         once for each, where it is first used.
@@ -129,12 +131,15 @@ class ComputationGraph:
         own, done = self._own(images), []
 
         def compute(operation: Operation, inputs: Tensor) -> Tensor:
+            if operation is end:
+                raise Reached(inputs)
             if any(operation is other for other in done):
                 return operation.of(ChainMap(written, own), inputs)
             done.append(operation)
             return write(operation, inputs)
 
-        return self._forward(images, own, compute)
+        with contextlib.suppress(Reached):
+            self._forward(images, own, compute)
 
     def inputs_of(
         self, layer: Layer, images: Tensor, weights: dict[str, Tensor], given: tuple[Layer, Tensor] | None = None

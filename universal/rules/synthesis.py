@@ -4,7 +4,7 @@ The module runs on a few hundred images, and each layer is written where it is f
 and the labels. A dense layer is a regression of all images, for which the module runs up to that layer on them.
 """
 
-import contextlib
+import math
 import time
 import warnings
 from collections import ChainMap
@@ -23,7 +23,7 @@ from universal.model.synthesizer import GraphWeightSynthesizer, default_synthesi
 from universal.model.writing import NeuronRows, written_norm
 from universal.model.writing import Writing as LearnedWriting
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
-from universal.reading.graph import ComputationGraph, Reached
+from universal.reading.graph import ComputationGraph
 from universal.rules.activation import Activation
 from universal.rules.classes import classifier
 from universal.rules.dense import dense_layer, thresholds
@@ -42,7 +42,6 @@ MANY_GROUPS = 8
 PART = 100  # images whose responses to all candidates are looked at together
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
-FEWEST = 20  # images held out that say something of chance
 ENOUGH_TO_PART = 250  # images in each part of what hidden dense layers are made from
 ENOUGH = 2**22  # activations for the statistics of a norm
 ROOM = 2**26  # elements that a layer gives of the images that are written from
@@ -82,12 +81,12 @@ def write(
     module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES,
     synthesizer: GraphWeightSynthesizer | None = None,
 ) -> Accounts:  # fmt: skip
-    """Write the weights of `module` in place for labelled images, in closed form; what came of it.
+    """Write the weights of `module` in place for labelled images; what came of it.
 
     `images` are a tensor as the module takes them, with `labels` [N], or a Dataset or DataLoader of pairs; of more than
     `limit`, so many are used. What is random comes from the random init that the module has, or with `seed` from a
-    fresh one. `synthesizer` has what is learned, by default that of this repository.
-    Parameters with `requires_grad=False` are kept. Warns of what is no better than chance (DoubtfulWeights). Raises
+    fresh one. `synthesizer` has what is learned, by default that of this repository. Parameters with
+    `requires_grad=False` are kept. Warns of what is no better than chance (DoubtfulWeights). Raises
     ValueError, in one line, for images, labels or modules that do not go together or cannot be read, and TypeError for
     what is no module; then nothing is changed.
     """
@@ -112,7 +111,8 @@ def write(
         if not own[name].isfinite().all():
             raise ValueError(f"{name}: holds NaN or infinite weights")
     try:
-        writing = better([Writing(graph, data, own, synthesizer, learned) for learned in (True, False)])
+        ways = (False,) if trunk_end(graph) is graph.layers[0] else (True, False)  # what there is nothing to learn of
+        writing = better([Writing(graph, data, own, synthesizer, learned) for learned in ways])
         written = writing.write()
     except torch.linalg.LinAlgError as error:
         reason = "what reaches one of its layers is beyond the precision of its numbers"
@@ -121,8 +121,8 @@ def write(
     if broken is not None:
         raise ValueError(f"{broken}: cannot be written: the network makes NaN or infinite values of the images")
     written |= balance(graph, own | written, writing.images)
-    learned = dict(graph.module.named_parameters())
-    written |= {name: bounded(tensor) for name, tensor in written.items() if name in learned}
+    parameters = dict(graph.module.named_parameters())
+    written |= {name: bounded(tensor) for name, tensor in written.items() if name in parameters}
     for name in graph.written:
         state[name].copy_(written.get(name, torch.ones(())))  # of batches, a norm has seen one
     held_out = (data.sample.folds == HELD_OUT).nonzero()[:LOOKED_AT, 0]
@@ -138,11 +138,15 @@ def write(
 
 
 def better(writings: list["Writing"]) -> "Writing":
-    """That whose layers before the dense ones say most of the labels, where there are any; of nearly equal ones the
-    first."""
-    if writings[0].end is writings[0].graph.layers[0]:
-        return writings[-1]
-    losses = [agreed(writing.write_trunk()) * (1 + place * ALIKE) for place, writing in enumerate(writings)]
+    """That whose layers before the dense ones say most of the labels; of nearly equal ones the first."""
+    if len(writings) == 1:
+        return writings[0]
+    losses = []
+    for place, writing in enumerate(writings):
+        try:
+            losses.append(agreed(writing.write_trunk()) * (1 + place * ALIKE))
+        except torch.linalg.LinAlgError:  # of NaN: another way may do
+            losses.append(math.inf)
     return writings[losses.index(min(losses))]
 
 
@@ -185,14 +189,7 @@ class Writing:
 
     def write_trunk(self) -> float:
         """What comes before `end`; the cross-entropy of a ridge regression on what it makes of some images."""
-
-        def write(operation: Operation, inputs: Tensor) -> Tensor:
-            if operation is self.end:
-                raise Reached(inputs)
-            return self.write_operation(operation, inputs)
-
-        with contextlib.suppress(Reached):
-            self.graph.write(self.images, self.written, write)
+        self.graph.write(self.images, self.written, self.write_operation, self.end)
         self.trunk_is_written = True
         sample = self.data.sample
         some = (sample.folds != HELD_OUT).nonzero()[-JUDGES:, 0]  # the first ones were seen
@@ -358,9 +355,7 @@ class Writing:
         """Weight and bias of a hidden dense layer."""
         sample = features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
-        weight, bias = dense_layer(
-            layer, known, judging, len(self.data.present), self.numbers, self.generator
-        )  # fmt: skip
+        weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.numbers, self.generator)
         order = own_order(layer, self.own)
         weight, bias = weight[order], bias[order]
         self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())

@@ -37,13 +37,13 @@ def log_uniform(draw: random.Random, low: int, high: int) -> int:
 # ---- dense layers, tokens and rows ----------------------------------------------------------------------------------
 
 
-def draw_mlp(draw: random.Random, inputs: tuple[int, ...], classes: int, colour: bool) -> nn.Module:
-    """0 to 5 hidden layers; with `colour` a linear classifier reads three channels, as that of one is evaluated."""
+def draw_mlp(draw: random.Random, inputs: tuple[int, ...], classes: int) -> nn.Module:
+    """0 to 5 hidden layers."""
     hidden = drawn(draw, {0: 2, 1: 4, 2: 5, 3: 2, 4: 1, 5: 1})
     widths = [log_uniform(draw, *((8, 64) if draw.random() < 0.3 else (32, 512))) for _ in range(hidden)]
     if draw.random() < 0.5:
         widths.sort(reverse=True)
-    features = math.prod(inputs) * (3 if colour and not hidden else 1)
+    features = math.prod(inputs)
     activation, norm = drawn(draw, ACTIVATIONS), drawn(draw, {None: 6, "batch": 1, "layer": 0.5})
     return nn.Sequential(nn.Flatten(), *hidden_layers(features, widths, classes, activation, norm))
 
@@ -94,7 +94,7 @@ def patch_sides(height: int, width: int) -> list[int]:
     return sides or [min(height, width) // 4]
 
 
-def draw_tokens(draw: random.Random, inputs: tuple[int, ...], classes: int, colour: bool) -> nn.Module:
+def draw_tokens(draw: random.Random, inputs: tuple[int, ...], classes: int) -> nn.Module:
     """A small vision transformer (Dosovitskiy et al. 2021) or an MLP-Mixer (Tolstikhin et al. 2021)."""
     sides = patch_sides(*inputs[1:])
     patch = draw.choice([*sides, sides[-1]])  # fewer tokens cost less
@@ -120,7 +120,7 @@ def draw_tokens(draw: random.Random, inputs: tuple[int, ...], classes: int, colo
     return Tokens(inputs, patch, width, blocks, classes, places, class_token, norm)
 
 
-def draw_rows(draw: random.Random, inputs: tuple[int, ...], classes: int, colour: bool) -> nn.Module:
+def draw_rows(draw: random.Random, inputs: tuple[int, ...], classes: int) -> nn.Module:
     """1 to 3 convolutions along the columns, of which the pixels of a row are the channels, or along all pixels."""
     activation, norm = drawn(draw, ACTIVATIONS), draw.random() < 0.3
     channels, height, width = inputs
@@ -156,14 +156,10 @@ class Style(NamedTuple):
     most: float = MOST_MULTIPLICATIONS
 
 
-def draw_convolutional(
-    draw: random.Random, inputs: tuple[int, ...], classes: int, colour: bool, family: str
-) -> nn.Module | None:
+def draw_convolutional(draw: random.Random, inputs: tuple[int, ...], classes: int, family: str) -> nn.Module | None:
     """A network in the style of a family; None if it would cost too much."""
     style = STYLES[family]
     activation, norm = drawn(draw, style.activations), drawn(draw, style.norms)
-    if draw.random() >= 0.95 and colour:
-        inputs = (3, *inputs[1:])
     maps = Maps(draw, inputs, activation, norm, deep=family == "deep")
     style.add_blocks(maps, family, style.most)
     add_head(maps, drawn(draw, style.heads), classes)
@@ -263,18 +259,17 @@ FAMILIES = {
 
 def draw_architecture(
     draw: random.Random, inputs: tuple[int, ...] = IMAGE_SHAPE, classes: int = CLASSES,
-    refused: list[list[tuple[int, ...]]] = (), families: Iterable[str] = FAMILIES, colour: bool = False,
+    refused: list[list[tuple[int, ...]]] = (), families: Iterable[str] = FAMILIES,
 ) -> nn.Module:  # fmt: skip
     """A random network of one of these `families`, whose parameters have none of the `refused` lists of shapes.
 
-    It takes images of the shape `inputs`, (channels, height, width), of 16 to 64 pixels a side; with `colour`, a few
-    take three equal channels in the place of one. Its weights are PyTorch's default init, from the global generator of
-    torch.
+    It takes images of the shape `inputs`, (channels, height, width), of 16 to 64 pixels a side. Its weights are
+    PyTorch's default init, from the global generator of torch.
     """
     shares, makers = zip(*(FAMILIES[family] for family in families), strict=True)
     while True:
         (make,) = draw.choices(makers, shares)
-        network = make(draw, inputs, classes, colour)
+        network = make(draw, inputs, classes)
         if network is None:
             continue
         shapes = parameter_shapes(network)

@@ -7,7 +7,7 @@ import random
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scripting import UserError
@@ -28,26 +28,18 @@ LARGEST_GRADIENT = 1.0  # of one network: some are a hundred times larger than o
 LEARNED = [family for family in FAMILIES if family != "mlp"]
 
 
-class Reward(nn.Module):
-    """What the layers that a synthesiser writes are worth."""
-
-    def __init__(self, synthesizer: GraphWeightSynthesizer):
-        super().__init__()
-        self.synthesizer = synthesizer
-
-    def forward(
-        self, graph: ComputationGraph, init: dict[str, Tensor], task: Task, probes: int
-    ) -> tuple[Tensor, Tensor]:
-        """Of a ridge regression on what the layers, written from so many `probes`, make of the task's images: the
-        cross-entropy on those that it has not seen, nats per image, and the share of them that is right."""
-        end, (images, labels) = trunk_end(graph), task.train
-        one_hot = F.one_hot(labels, task.classes).float()
-        found = self.synthesizer.probes(images[:probes], one_hot[:probes])
-        written = Writing(self.synthesizer, graph, init, found).write_up_to(end)
-        images = torch.cat([images, task.test.images])
-        features = features_of(end, graph.inputs_of(end, images, init | written), len(images))
-        support, query = features.split([len(labels), len(task.test.labels)])
-        return judged(support, one_hot, query, task.test.labels)
+def reward(
+    synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, init: dict[str, Tensor], task: Task, probes: int
+) -> tuple[Tensor, Tensor]:
+    """Of a ridge regression on what the layers that a synthesiser writes, from so many `probes`, make of the task's
+    images: the cross-entropy on those that it has not seen, nats per image, and the share of them that is right."""
+    end, (images, labels) = trunk_end(graph), task.train
+    one_hot = F.one_hot(labels, task.classes).float()
+    written = Writing(synthesizer, graph, init, synthesizer.probes(images[:probes], one_hot[:probes])).write_up_to(end)
+    images = torch.cat([images, task.test.images])
+    features = features_of(end, graph.inputs_of(end, images, init | written), len(images))
+    support, query = features.split([len(labels), len(task.test.labels)])
+    return judged(support, one_hot, query, task.test.labels)
 
 
 class Training:
@@ -62,7 +54,6 @@ class Training:
         self.earlier_seconds = self.synthesizer.seconds.get("training", 0.0)
         self.synthesizer.to(options.device).train()
         self.average = AveragedModel(self.synthesizer, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
-        self.reward = Reward(self.synthesizer)
         self.adam = torch.optim.AdamW(self.synthesizer.parameters(), weight_decay=1e-4, betas=(0.95, 0.99), fused=True)
         warm_up = 0.1 if options.steps > 10 else 0.0  # a tenth of 10 steps, no step at all, is divided by
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -104,8 +95,8 @@ class Training:
             init = fresh_init(graph, draw.getrandbits(31), self.options.device)
             share = min(1.0, max(LEAST_SHARE, ORDINARY / graph.multiplications))
             task = task._replace(train=task.train[: round(share * SUPPORT)], test=task.test[: round(share * QUERY)])
-            reward, _ = self.reward(graph, init, task, round(share * draw.randint(*PROBES)))
-            loss = (reward + 0.02).log()  # lets good and bad architectures weigh alike
+            found, _ = reward(self.synthesizer, graph, init, task, round(share * draw.randint(*PROBES)))
+            loss = (found + 0.02).log()  # lets good and bad architectures weigh alike
             gradients = torch.autograd.grad(loss, list(self.synthesizer.parameters()), allow_unused=True)
             size = torch.stack([each.norm() for each in gradients if each is not None]).norm()
             if size.isfinite():  # one network whose neurons are all alike must not spoil the rest
@@ -138,14 +129,13 @@ class Training:
         """Print the progress, with the accuracy on tasks of kinds that are never drawn, of the same networks every
         time."""
         accuracies = []
-        reward = Reward(self.average.module)
         for family in self.options.families:
             found = []
             for seed in range(8):
                 draw = random.Random(seed)
                 task, graph = self.drawn(draw, HELD_OUT_KINDS, [family])
                 init = fresh_init(graph, 0, self.options.device)
-                found.append(reward(graph, init, task, PROBES[1])[1].item())
+                found.append(reward(self.average.module, graph, init, task, PROBES[1])[1].item())
             accuracies.append(f"{100 * sum(found) / len(found):5.2f}% ({family})")
         print(
             f"Step {self.step:{len(str(self.steps))}d}/{self.steps}: Loss = {self.loss:.4f}, "
