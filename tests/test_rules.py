@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -982,3 +983,20 @@ def test_where_one_way_of_writing_breaks_the_other_is_taken(monkeypatch):
     monkeypatch.setattr(synthesis.Writing, "write_layer", refuse)
     with pytest.raises(ValueError, match="cannot be written"):
         synthesize(made("convolutions"), *images(), seed=0)
+
+
+@pytest.mark.parametrize(("losses", "chosen"), [((1.0, 0.99), 0), ((1.0, 0.9), 1), ((0.9, 1.0), 0)])
+def test_rules_are_taken_where_they_say_clearly_more(losses, chosen):
+    writings = [SimpleNamespace(write_trunk=lambda loss=loss: loss) for loss in losses]
+    assert synthesis.better(writings) is writings[chosen]
+
+
+def test_a_pass_ends_at_its_layer():
+    graph, seen = ComputationGraph(made("convolutions"), images()[0][:2]), []
+
+    def look(operation, inputs):
+        seen.append(operation)
+        return operation.of(graph.weights(), inputs)
+
+    graph.write(images()[0][:10], {}, look, end=graph.last)
+    assert seen == [operation for operation in graph.layers if operation is not graph.last]
