@@ -8,6 +8,7 @@ from conftest import assert_png, printed, small_synthesizer
 
 from target_cnn import Progress, score, train_with_adam
 from universal import evaluate
+from universal.data import splits
 from universal.evaluation import clock, from_data
 from universal.evaluation.networks import EVALUATED, cnn, mlp
 from universal.model.synthesizer import save_synthesizer
@@ -45,8 +46,8 @@ def from_digits(tmp_path, monkeypatch, digits):
     settings = {"FIRST_STEPS": 2, "EPOCHS": 2, "HELD_OUT": 100, "RATES": (0.001, 0.003)}
     for name, value in settings.items():
         monkeypatch.setattr(from_data, name, value)
-    monkeypatch.setattr(from_data, "training_data", lambda *_: digits[500:])
-    monkeypatch.setattr(from_data, "scoring_data", lambda *_: digits[:500])
+    monkeypatch.setattr(splits, "training_data", lambda *_: digits[500:])
+    monkeypatch.setattr(splits, "scoring_data", lambda *_: digits[:500])
 
     def run(*options) -> tuple[dict, str]:
         files = ["--plot", tmp_path / "d.png", "--results", tmp_path / "d.json"]
@@ -178,7 +179,7 @@ def test_images_of_any_size_become_those_that_the_networks_take(tmp_path):
     path = tmp_path / "images.pt"
     torch.save({"images": images, "labels": torch.arange(260) % 13}, path)
     data = from_data.load_data_set(str(path), 0, torch.device("cpu"))
-    assert [len(part.labels) for part in data] == [144, 16, 40]  # of ten of the 13 classes
+    assert [len(part.labels) for part in data] == [144, 15, 41]  # of ten of the 13 classes
     assert {part.images.shape[1:] for part in data} == {(1, 28, 28)}
     assert all(part.labels.max() == 9 for part in data if len(part.labels) > 20)
     assert data.epoch == 2

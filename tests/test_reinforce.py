@@ -16,14 +16,16 @@ from conftest import REPOSITORY
 from torch import nn
 
 import scripting
-from target_cnn import Dataset, scoring_data, training_data
+from target_cnn import Dataset, score, train_with_adam
 from universal import GraphWeightSynthesizer, load_synthesizer
+from universal.data.splits import split_images
+from universal.evaluation.from_data import DataSet
 from universal.evaluation.networks import mlp
 from universal.model.synthesizer import save_synthesizer
-from universal.model.tuning import SLOPES, SPREAD, Tuning
+from universal.model.tuning import NUMBERS, SLOPES, Tuning
 from universal.reading.graph import ComputationGraph, Logits
 from universal.reinforce import candidates, evaluate, reinforcement
-from universal.reinforce.__main__ import main
+from universal.reinforce.__main__ import main, parse_options
 from universal.reinforce.candidates import draw_trials, try_candidate, with_tuning, written
 from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
 from universal.reinforce.search import CovarianceSearch, ranks
@@ -92,8 +94,7 @@ def users(tmp_path, monkeypatch, digits, small_file) -> Path:
     (tmp_path / "small_net.py").write_text(NET)
     (tmp_path / "my_reward.py").write_text(REWARDS_OF_A_USER)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reinforcement, "training_data", lambda *_: digits[200:])
-    monkeypatch.setattr(reinforcement, "scoring_data", lambda *_: digits[:200])
+    monkeypatch.setattr(reinforcement, "split_images", lambda *_: (digits[200:], digits[:200]))
     monkeypatch.setattr(reinforcement, "REPORTED_INITS", 1)
     return tmp_path
 
@@ -123,7 +124,7 @@ def weights_by(synthesizer: GraphWeightSynthesizer, network: nn.Module, data: Da
 
 def set_offset(tuning: Tuning, name: str, value: float, kind: int = 0) -> None:
     with torch.no_grad():
-        tuning.offsets[SPREAD.index(name), kind] = value
+        tuning.offsets[NUMBERS.index(name), kind] = value
 
 
 # ---- roundings -------------------------------------------------------------------------------------------------------
@@ -340,19 +341,50 @@ def test_a_rounding_is_rewarded_for_the_network_as_it_is_and_rounded(digits):
 def test_networks_that_break_are_worth_nothing_and_never_rewarded(tunable, digits):
     trials = draw_trials(random.Random(0), lambda: mlp([16]), digits[:50], digits[50:], networks=1, images=20)
     offsets = torch.zeros_like(tunable.tuning.offsets)
-    offsets[SPREAD.index("slope_from_0.0")] = 1e3  # whose exponential is infinite
+    offsets[NUMBERS.index("slope_from_0.0")] = 1e3  # whose exponential is infinite
     never = Reward(lambda network, images: pytest.fail("rewarded"))
     assert try_candidate(tunable, offsets, trials, never) == [-float("inf")]
 
 
-def test_networks_are_written_from_other_images_than_reward_them(digits):
-    parts = [candidates.parted(digits, 300, seed) for seed in (0, 0, 1)]
-    known, others = parts[0]
-    assert len(known.labels) == 300 and len(others.labels) == len(digits.labels) - 300
-    sums = [set(part.images.double().sum((1, 2, 3)).tolist()) for part in (known, others, digits)]
-    assert not sums[0] & sums[1] and sums[0] | sums[1] == sums[2]
-    again, other = (each[0].images for each in parts[1:])
-    assert torch.equal(known.images, again) and not torch.equal(known.images, other)
+@pytest.mark.parametrize(("limit", "count"), [(300, 300), (5000, 900)])
+def test_networks_are_written_from_other_images_than_reward_them(users, monkeypatch, limit, count):
+    pytest.importorskip("cmaes")
+
+    def sums(data):
+        return set(data.images.double().sum((1, 2, 3)).tolist())
+
+    found = []
+    for seed in (0, 0, 1):
+        monkeypatch.setattr(
+            sys, "argv", ["reinforce", *options_of(users, "x"), "--limit", str(limit), "--seed", str(seed)]
+        )
+        found.append(reinforcement.Reinforcement(parse_options(), load_synthesizer(users / "small.pth")))
+    first, again, other = found
+    assert len(first.known.labels) == count
+    assert not sums(first.known) & sums(first.data) and not sums(first.data) & sums(first.validation)
+    assert torch.equal(first.known.images, again.known.images)
+    assert not torch.equal(first.known.images, other.known.images)
+
+
+def test_ones_own_images_are_searched_for(users, monkeypatch, digits, capsys, refusal):
+    pytest.importorskip("cmaes")
+    monkeypatch.setattr(reinforcement, "split_images", split_images)
+    pixels = torch.rand(120, 1, 18, 20) + torch.arange(3).repeat(40).view(-1, 1, 1, 1)
+    labels = torch.arange(3).repeat(40)
+    torch.save({"images": pixels, "labels": labels}, users / "own.pt")
+    (users / "own_net.py").write_text(
+        "from torch import nn\n\n\ndef net():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(1152, 3))\n"
+    )
+    options = [*options_of(users, "own", "accuracy"), "--data", "own.pt", "--evaluations", "4"]
+    command(monkeypatch, *options, "--model", "own_net.py:net")
+    assert "Validation Accuracy = " in capsys.readouterr().out
+    without_model = [each for each in options if each not in ("--model", "small_net.py:Net")]
+    command(monkeypatch, *without_model, "--out", str(users / "any.pth"))  # random architectures
+    torch.save({"images": pixels[:, :, :8], "labels": labels}, users / "own.pt")
+    assert refusal(main, *without_model).endswith("too small or large for random networks: give --model")
+    torch.save({"images": pixels[:3], "labels": labels[:3]}, users / "own.pt")
+    assert "too few to keep some apart" in refusal(main, *without_model)
 
 
 def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monkeypatch):
@@ -447,9 +479,9 @@ def test_a_users_reward_rises_and_a_killed_search_goes_on_bit_for_bit(users, mon
     whole = offsets_in(users / "whole.pth")
     assert whole.abs().max() > 0.01
 
-    further = ["--synthesizer", "whole.pth", "--deviation", "1e-6", "--evaluations", "4"]
+    further = ["--synthesizer", "whole.pth", "--deviation", "0.003", "--evaluations", "4"]
     command(monkeypatch, *options_of(users, "further"), *further)
-    assert 0 < (offsets_in(users / "further.pth") - whole).abs().max() < 1e-4
+    assert 0 < (offsets_in(users / "further.pth") - whole).abs().max() < 0.05
 
 
 def test_candidates_of_a_generation_share_their_randomness_and_no_two_generations_do(users, monkeypatch):
@@ -483,8 +515,7 @@ def test_two_processes_find_what_one_finds(users, monkeypatch):
     printed = [process.communicate(timeout=170) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], printed
     assert "Evaluation 4/4" in printed[0][0] and not printed[1][0]  # one process reports
-    monkeypatch.setattr(reinforcement, "training_data", training_data)  # as the two have them
-    monkeypatch.setattr(reinforcement, "scoring_data", scoring_data)
+    monkeypatch.setattr(reinforcement, "split_images", split_images)  # as the two have them
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -523,12 +554,6 @@ def test_fewer_evaluations_than_a_generation_takes_get_one_line(users, refusal):
     assert line == "--evaluations 3: --candidates times --networks, 4, are needed"
 
 
-def test_images_that_are_all_written_from_get_one_line(users, refusal):
-    pytest.importorskip("cmaes")
-    line = refusal(main, *options_of(users, "none"), "--limit", 2000)
-    assert line == "--limit 2000: no training images are left for rewards: lower it"
-
-
 def test_an_infinite_reward_is_only_a_bad_one(users, monkeypatch):
     pytest.importorskip("cmaes")
     command(monkeypatch, *options_of(users, "infinite", "my_reward.py:infinite"), "--evaluations", "4")
@@ -548,19 +573,46 @@ def test_a_missing_package_is_named(users, refusal, monkeypatch):
     assert refusal(main, *options_of(users, "x")) == "needs the package cmaes: pip install cmaes"
 
 
+def test_straight_through_gradients_train_what_is_rounded(digits):
+    data, rounding = DataSet(digits[200:], digits[:200], digits[:200]), ROUNDINGS["binary"]
+    (found,) = evaluate.straight_through(lambda: mlp([30]), [0], rounding, data, epochs=8)
+    networks = [mlp([30]) for _ in range(2)]
+    for network in networks:
+        for _ in train_with_adam(network, data.known, 8, 3e-3):
+            pass
+    rounded = score(round_weights(networks[0], rounding), data.test).accuracy_percent
+    assert found > rounded + 5
+
+
+def test_a_penalty_is_for_the_last_layer_and_makes_its_weights_smaller(tunable, digits):
+    network = mlp([16])
+
+    def spread_with(penalty: float, kind: int) -> float:
+        set_offset(tunable.tuning, "penalty", penalty, kind)
+        weights_by(tunable, network, digits)
+        tunable.tuning.offsets.data.zero_()
+        return network(digits.images).std().item()
+
+    before = spread_with(0.0, 0)
+    assert spread_with(3.0, 2) == before  # of the first layer
+    assert spread_with(3.0, 3) < 0.8 * before
+    assert 0 <= spread_with(1e4, 3) < 0.2 * before
+
+
 def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, tunable, digits):
     with torch.no_grad():
         tunable.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
     save_synthesizer(tunable, users / "after.pth")
     monkeypatch.setattr(evaluate, "NETWORKS", ("TargetCNN", "half width"))
-    monkeypatch.setattr(evaluate, "training_data", lambda *_: digits[200:])
-    monkeypatch.setattr(evaluate, "scoring_data", lambda *_: digits[:200])
+    data = DataSet(digits[200:700], digits[700:], digits[:200])
+    monkeypatch.setattr(evaluate, "load_data_set", lambda *_: data)
     options = ["--reward", "ternary", "--improved", "after.pth", "--inits", "1", "--limit", "300"]
     monkeypatch.setattr(sys, "argv", ["evaluate", *options, "--device", "cpu"])
     evaluate.main()
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in capsys.readouterr().out.splitlines()}
-    before, after = (float(cell.split()[0]) for cell in rows["TargetCNN", "ternary"].split("|")[3:5])
+    before, after, trained = (float(cell.split()[0]) for cell in rows["TargetCNN", "ternary"].split("|")[3:6])
     assert after != before > 30
+    assert 8 < trained < 90  # of 4 steps
     full = [float(cell.split()[0]) for cell in rows["TargetCNN", "full precision"].split("|")[3:5]]
     assert min(full) > 80
     assert ("half width", "ternary") in rows

@@ -40,6 +40,7 @@ from target_cnn import load_mnist
 from universal.builders import MODEL_HELP, load_builder
 from universal.data.images import ImageSet, load_images
 from universal.data.labelled import FOLDS, MOST_IMAGES
+from universal.data.sources import DATA_HELP
 from universal.evaluation.comparison import accuracy_percent, compare, comparison_table, conclusion
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
@@ -57,11 +58,7 @@ def parse_options() -> argparse.Namespace:
         **required,
         help="file to write, and its sibling .json; with --count, their numbered siblings (required)",
     )
-    parser.add_argument(
-        "--data", type=Path,
-        help="labelled images: a folder with a folder of pictures for each class, a directory of *-ubyte files as "
-        "MNIST's, or an .npz, .pt or .safetensors file with images and labels (default: MNIST)",
-    )  # fmt: skip
+    parser.add_argument("--data", type=Path, help=DATA_HELP)
     parser.add_argument("--size", type=size, help="pixels, as 64 or 48x64 (height, width); else what the network takes")
     parser.add_argument("--channels", type=int, choices=(1, 3), help="grey or colours; else what the network takes")
     parser.add_argument(

@@ -16,6 +16,10 @@ from universal.data.pictures import MODES, PictureFiles, picture_classes, pictur
 
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow has it (ITU-R 601)
 PART = 1024  # images that are resized together
+DATA_HELP = (
+    "labelled images: a folder with a folder of pictures for each class, a directory of *-ubyte files as MNIST's, or "
+    "an .npz, .pt or .safetensors file with images and labels (default: MNIST)"
+)
 ARRAYS = "images and labels, and maybe test_images, test_labels and classes"
 
 

@@ -7,7 +7,6 @@ which the network would have been written, is of all test images.
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from scripting import MNIST, mean_and_range, summary_statistics, table
-from target_cnn import Dataset, Progress, score, scoring_data, training_data
-from universal.data.images import load_images
+from scripting import mean_and_range, summary_statistics, table
+from target_cnn import Dataset, Progress, score
+from universal.data.splits import cut, shuffled, split_images
 from universal.evaluation.clock import BATCH, RATES, Point, Training, built
 from universal.evaluation.networks import EVALUATED
 from universal.experiment.verdict import mean_pairwise_overlap
@@ -33,6 +32,7 @@ FIRST_STEPS = 100
 ON_THE_WAY = 2000  # test images on which accuracy is noted during training
 EPOCHS = 3  # of all images, for which Adam may go on until it matches
 SCARCE = 200  # images up to which Adam runs until it stops gaining: labels are what is scarce then, not time
+MNIST_BY_NAME = "mnist"
 
 
 # ---- data sets -------------------------------------------------------------------------------------------------------
@@ -57,35 +57,18 @@ class DataSet(NamedTuple):
 
 
 def load_data_set(name: str, validation: int, device: torch.device) -> DataSet:
-    """The repository's "mnist", or the labelled images at a path, of their first ten classes, grey and 28 x 28.
+    """The repository's MNIST, "mnist", or the labelled images at a path, of their first ten classes, grey and 28 x 28.
 
     The order is random and always the same. With `validation` so many training images take the place of the test
     images. Raises UserError if it cannot be read.
     """
-    if name == "mnist":
-        train, test = training_data(MNIST, validation, device), scoring_data(MNIST, validation, device)
-    else:
-        found = load_images(Path(name), size=(IMAGE_SIDE, IMAGE_SIDE), channels=1, limit=sys.maxsize)
-        train, test = (part and of_ten_classes(Dataset(*part[:]), device) for part in (found.train, found.test))
-        if validation or test is None:
-            train, test = cut(train, validation or len(train.labels) // 5)
+    path = None if name == MNIST_BY_NAME else Path(name)
+    train, test = map(of_ten_classes, split_images(path, validation, device, None, (IMAGE_SIDE, IMAGE_SIDE), 1))
     return DataSet(*cut(train, min(HELD_OUT, len(train.labels) // 10)), shuffled(test))
 
 
-def of_ten_classes(data: Dataset, device: torch.device) -> Dataset:
-    data = data[data.labels < CLASSES]
-    return Dataset(data.images.to(device), data.labels.to(device))
-
-
-def cut(data: Dataset, count: int) -> tuple[Dataset, Dataset]:
-    """The images in random order: all but the last `count`, and these."""
-    data = shuffled(data)
-    return data[:-count], data[-count:]
-
-
-def shuffled(data: Dataset) -> Dataset:
-    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
-    return data[order.to(data.labels.device)]
+def of_ten_classes(data: Dataset) -> Dataset:
+    return data[data.labels < CLASSES]
 
 
 # ---- a row: a network and a number of images -------------------------------------------------------------------------

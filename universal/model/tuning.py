@@ -7,7 +7,8 @@ They say how the sizes of a layer's weights are spread:
 - by the *relevance* of what they read: larger inputs get larger weights, or smaller ones;
 - by the *evenness* of the neurons: what rounds or prunes a tensor by one threshold spares no neuron of small weights.
 
-All that happens as soon as a layer is written, so what is written next knows what it has done.
+All that happens as soon as a layer is written, so what is written next knows what it has done. Nothing comes after the
+last layer, whose regression may have another *penalty*: a strong one makes weights that stand more.
 """
 
 import torch
@@ -18,21 +19,26 @@ from universal.reading.calls import Layer
 
 KNOTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # magnitudes, in means over the neuron, where the slope may change
 SLOPES = [f"slope_from_{knot}" for knot in KNOTS]
-SPREAD = ["evenness", "relevance", *SLOPES]
+NUMBERS = ["penalty", "evenness", "relevance", *SLOPES]
+LARGEST = 10.0  # logarithm of a penalty
 LAYER_KINDS = ("every layer", "convolutions", "the first layer", "the last layer")  # whose offsets add up
 
 
 class Tuning(nn.Module):
-    """`offsets` [SPREAD, LAYER_KINDS] of evenness and relevance, and of the logarithms of the compander's slopes. At
-    zero, nothing changes."""
+    """`offsets` [NUMBERS, LAYER_KINDS] of evenness and relevance, and of the logarithms of the penalty and of the
+    compander's slopes. At zero, nothing changes."""
 
     def __init__(self):
         super().__init__()
-        self.offsets = nn.Parameter(torch.zeros(len(SPREAD), len(LAYER_KINDS)))
+        self.offsets = nn.Parameter(torch.zeros(len(NUMBERS), len(LAYER_KINDS)))
 
     def offset(self, name: str, layer: Layer) -> Tensor:
         """One of the numbers, for a layer, []."""
-        return self.offsets[SPREAD.index(name)] @ self.kinds(layer)
+        return self.offsets[NUMBERS.index(name)] @ self.kinds(layer)
+
+    def penalty(self, layer: Layer) -> float:
+        """What the strength of the last layer's regression is multiplied by."""
+        return self.offset("penalty", layer).clamp(-LARGEST, LARGEST).exp().item()
 
     def tuned(self, layer: Layer, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of a layer, as written, with other magnitudes.

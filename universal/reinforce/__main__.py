@@ -1,7 +1,7 @@
 """Improve a synthesiser by trial and error, for a reward that nothing can differentiate.
 
     python -m universal.reinforce --reward ternary --out ternary.pth
-    python -m universal.reinforce --reward my_reward.py:reward --model my_net.py:Net --out mine.pth
+    python -m universal.reinforce --reward my_reward.py:reward --model my_net.py:Net --data pictures/ --out mine.pth
 
 In every generation, candidates for a few numbers of the synthesiser (`model/tuning.py`) write the same networks from
 the same labelled images and unseen inits, and only the order of their rewards is learned from. Neither the reward nor a
@@ -19,7 +19,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from scripting import (
-    add_data_options,
     add_training_options,
     number,
     option_parser,
@@ -28,6 +27,7 @@ from scripting import (
     start_processes,
 )
 from universal.builders import MODEL_HELP
+from universal.data.sources import DATA_HELP
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer, save_synthesizer
 from universal.reinforce.reinforcement import Reinforcement
 from universal.reinforce.rewards import REWARDS
@@ -48,14 +48,22 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--candidates", type=number(int, 4, 10_000), default=20, help="tried in each generation")
     parser.add_argument("--networks", type=number(int, 1, 1000), default=2, help="that each candidate writes")
     parser.add_argument(
-        "--limit", type=number(int, 2, 50_000), default=1000, help="training images that networks are written from"
+        "--limit",
+        type=number(int, 2, 50_000),
+        default=1000,
+        help="training images that networks are written from, at most half of them",
     )
     parser.add_argument("--images", type=number(int, 1, 50_000), default=256, help="others, that reward each network")
     parser.add_argument("--deviation", type=number(float, 1e-6, 10), default=0.3, help="of the first candidates")
     parser.add_argument("--model", help=f"{MODEL_HELP} (default: random architectures)")
     add_training_options(parser, report_every=10, checkpoint="reinforcement.pth", out=Path("reinforced.pth"))
-    add_data_options(parser)
-    parser.set_defaults(validation=2000)
+    parser.add_argument("--data", type=Path, help=DATA_HELP)
+    parser.add_argument(
+        "--validation",
+        type=number(int, 1, 50_000),
+        default=2000,
+        help="training images kept apart for the reports, of --data at most a fifth",
+    )
     return parser.parse_args()
 
 

@@ -30,12 +30,6 @@ class Trial(NamedTuple):
     images: Dataset  # what the reward is given
 
 
-def parted(data: Dataset, count: int, seed: int) -> tuple[Dataset, Dataset]:
-    """So many random images, and all others."""
-    order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(seed)).to(data.labels.device)
-    return data[order[:count]], data[order[count:]]
-
-
 def draw_trials(
     drawn: random.Random, build: Callable[[], nn.Module] | None, known: Dataset, data: Dataset, networks: int,
     images: int,
@@ -49,11 +43,17 @@ def draw_trials(
     for _ in range(networks):
         seed = drawn.getrandbits(31)
         torch.manual_seed(seed)
-        graph = graph_of(build() if build else draw_architecture(drawn, refused=EVALUATED_SHAPES), data)
+        graph = graph_of(build() if build else random_network(drawn, data), data)
         used = of_classes(data, graph)
         batch = torch.randint(len(used.labels), (images,)).to(used.labels.device)
         trials.append(Trial(graph, seed, of_classes(known, graph), used[batch]))
     return trials
+
+
+def random_network(drawn: random.Random, data: Dataset) -> nn.Module:
+    """A random architecture for images and classes as those of `data`, none of those that are evaluated."""
+    shape, classes = tuple(data.images.shape[1:]), int(data.labels.max()) + 1
+    return draw_architecture(drawn, shape, classes, EVALUATED_SHAPES)
 
 
 def graph_of(network: nn.Module, data: Dataset) -> ComputationGraph:

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scripting import UserError
-from target_cnn import TargetCNN, scoring_data, training_data
 from universal.builders import load_builder
+from universal.data.splits import shuffled, split_images
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.reinforce.candidates import (
     draw_trials,
     graph_of,
     of_classes,
-    parted,
+    random_network,
     try_candidate,
     with_tuning,
     written,
@@ -24,14 +24,15 @@ from universal.reinforce.candidates import (
 from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 
+SIDES = (16, 64)  # of images that random architectures take
 REPORTED_INITS = 3  # whose networks are scored in reports
 
 
 class Reinforcement:
     """The state of a search, for `run_to_end`: what a step, a generation of candidates, changes.
 
-    Raises UserError if there is no such reward or model, if the model cannot be read, if the evaluations do not suffice
-    for a step, or if no images are left for rewards.
+    Raises UserError if there is no such reward or model, if the model or the images cannot be read, or if the
+    evaluations do not suffice for a step.
     """
 
     def __init__(
@@ -47,14 +48,21 @@ class Reinforcement:
         self.synthesizer = with_tuning(synthesizer).to(options.device).eval()
         self.start = self.synthesizer.tuning.offsets.detach().clone()
         self.search = CovarianceSearch(self.start.numel(), options.candidates, options.deviation, options.seed)
-        data = training_data(options.data, options.validation, options.device)
-        self.known, self.data = parted(data, options.limit, options.seed)
-        if not len(self.data.labels):
-            raise UserError(f"--limit {options.limit}: no training images are left for rewards: lower it")
-        self.validation = scoring_data(options.data, options.validation, options.device)
         torch.manual_seed(options.seed)
+        network = self.build and self.build()
+        data, self.validation = split_images(options.data, options.validation, options.device, network)
+        data = shuffled(data, options.seed)
+        count = min(options.limit, len(data.labels) // 2)
+        self.known, self.data = data[:count], data[count:]
+        if network is None:
+            sides = data.images.shape[2:]
+            if not all(SIDES[0] <= side <= SIDES[1] for side in sides):
+                size = " x ".join(map(str, sides))
+                raise UserError(f"{options.data}: has images of {size} pixels, too small or large for random networks: "
+                                "give --model")  # fmt: skip
+            network = random_network(random.Random(options.seed), data)
         try:
-            self.reported = graph_of((self.build or TargetCNN)(), self.data)
+            self.reported = graph_of(network, data)
         except ValueError as error:
             raise UserError(f"--model {options.model}: {error}") from error
         self.step, self.seconds = 0, 0.0
@@ -113,7 +121,7 @@ class Reinforcement:
         """What a search that goes on must share with the one that was interrupted."""
         names = (
             "seed", "reward", "model", "synthesizer", "evaluations", "candidates", "networks", "limit", "images",
-            "deviation", "validation",
+            "deviation", "validation", "data",
         )  # fmt: skip
         return {name: str(getattr(self.options, name)) for name in names}
 

@@ -19,8 +19,12 @@ LONGEST = 10.0  # step, where a curvature is next to nothing
 NONE = -1  # no fold
 
 
-def classifier(features: Features, classes: int, intercept: bool, numbers: Numbers) -> tuple[Regression, float | None]:
+def classifier(
+    features: Features, classes: int, intercept: bool, numbers: Numbers, penalty: float = 1.0
+) -> tuple[Regression, float | None]:
     """What maps features to logits; and the accuracy in percent on the images held out of one that did not see them.
+
+    It is regressed with so many times the penalty that is found to be best.
 
     The logistic regression needs several passes, so it sees what is kept of the features, or else the sample.
     """
@@ -49,10 +53,12 @@ def classifier(features: Features, classes: int, intercept: bool, numbers: Numbe
             elif used is not None:
                 break
         accuracy = 100 * (found(x).argmax(1) == labels).double().mean().item()
-    solved = moments.ridge_of_all(strength, intercept)
+    solved = moments.ridge_of_all(penalty * strength, intercept)
     found = Regression(*(sharpness * values for values in solved.regression))
     if used is not None:  # from there, for what rounding does grows along the decays
-        found = logistic(found, solved, chunks, are_shares, mean, deviation, intercept, NONE, used, ITERATIONS)
+        found = logistic(
+            found, solved, chunks, are_shares, mean, deviation, intercept, NONE, penalty * used, ITERATIONS
+        )
     weight = found.weight / deviation[:, None]
     return Regression(weight, found.bias - mean @ weight), accuracy
 

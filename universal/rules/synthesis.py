@@ -364,7 +364,8 @@ class Writing:
     def of_classes(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of the last layer, whose `inputs` are those of the first images."""
         intercept, classes = layer.bias is not None and not layer.bias.frozen, len(self.data.present)
-        regression, self.held_out_percent = classifier(self.features, classes, intercept, self.numbers)
+        penalty = 1.0 if self.tuning is None else self.tuning.penalty(layer)
+        regression, self.held_out_percent = classifier(self.features, classes, intercept, self.numbers, penalty)
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
