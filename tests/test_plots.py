@@ -1,10 +1,11 @@
 """The pictures: which weights they show, and where."""
 
 import torch
-from conftest import assert_png
+from conftest import assert_png, printed
 
 from evaluate_generalization import networks_to_show
 from target_cnn import Score, random_init
+from universal import roads
 from universal.experiment.pictures import PIXELS, filter_mosaic, plot_evaluation
 from universal.experiment.verdict import permute_neurons, random_orders
 
@@ -55,3 +56,21 @@ def test_one_step_from_one_init_is_drawn_without_a_second(tmp_path):
     scores = [Score(10.0, 590.0, 2.3, None), Score(99.0, 8.0, 0.03, None)]
     plot_evaluation(scores, scores, NETWORKS[:1], shown, tmp_path / "plot.png")
     assert_png(tmp_path / "plot.png", 2700, 1080)
+
+
+def test_the_four_roads_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
+    small = {
+        "IMAGES": 200, "TEST": 200, "STEPS": (1, 3), "ROUNDED": ("MLP 784-16-10",), "FAMILIES": {"mlp": 1, "rows": 1},
+        "KINDS": {"digits": roads.KINDS["digits"]}, "HELD_OUT_KINDS": {},
+    }  # fmt: skip
+    for name, value in small.items():
+        monkeypatch.setattr(roads, name, value)
+    options = ["--networks", 1, "--ternary", roads.SYNTHESIZER, "--plot", tmp_path / "roads.png"]
+    text = printed(roads.main, *options)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    found = {row[0]: [float(cell) for cell in row[1:]] for row in rows if row[1][:1].isdigit()}
+    assert found["mlp"][0] < 30 < found["mlp"][1] and found["rows"][0] < 30 < found["rows"][1]
+    assert found["random"][1] < found["written"][1] and found["random"][0] < 30 < found["written"][0]
+    assert found["MLP 784-16-10"][0] == found["MLP 784-16-10"][1]  # of the same synthesiser
+    assert found["digits"][1] > 40
+    assert_png(tmp_path / "roads.png", height=1350, width=2400)
