@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from torch import nn
 
 import scripting
-from target_cnn import Dataset, score, train_with_adam
+from target_cnn import Dataset, TargetCNN, score, train_with_adam
 from universal import GraphWeightSynthesizer, load_synthesizer
 from universal.data.splits import split_images
 from universal.evaluation.from_data import DataSet
@@ -27,8 +27,9 @@ from universal.reading.graph import ComputationGraph, Logits
 from universal.reinforce import candidates, evaluate, reinforcement
 from universal.reinforce.__main__ import main, parse_options
 from universal.reinforce.candidates import draw_trials, try_candidate, with_tuning, written
-from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights
+from universal.reinforce.rewards import REWARDS, ROUNDINGS, Reward, round_weights, score_after
 from universal.reinforce.search import CovarianceSearch, ranks
+from universal.roads import TERNARY
 from universal.rules.synthesis import write
 from universal.training.architectures import parameter_shapes
 
@@ -616,3 +617,13 @@ def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, tunab
     full = [float(cell.split()[0]) for cell in rows["TargetCNN", "full precision"].split("|")[3:5]]
     assert min(full) > 80
     assert ("half width", "ternary") in rows
+
+
+def test_the_committed_numbers_write_networks_that_stand_rounding(synthesizer, train_digits, digits):
+    improved, data = load_synthesizer(TERNARY), digits[:1000]
+    graph = ComputationGraph(TargetCNN())
+    right = [
+        score_after(ROUNDINGS["ternary"], written(one, graph, 7, train_digits[:1000]), data).accuracy_percent
+        for one in (synthesizer, improved)
+    ]
+    assert right[1] > max(90, right[0] + 5)

@@ -48,7 +48,7 @@ Points = dict[str, list[tuple[float, float]]]  # by series; the first number is 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Draw the four roads of the design document in one picture.", seed=0)
-    parser.add_argument("--networks", type=number(int, 1, 1000), default=6, help="of each family, kind or width")
+    parser.add_argument("--networks", type=number(int, 1, 1000), default=3, help="of each family, kind or width")
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the trained synthesiser")
     parser.add_argument("--ternary", type=Path, default=TERNARY, help="that after trial and error for ternary weights")
     add_output_options(parser, plot="assets/roads.png", results=None)

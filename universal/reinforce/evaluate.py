@@ -40,7 +40,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the one before")
     parser.add_argument("--inits", type=number(int, 1, 1000), default=20, help="unseen inits, from seeds SEED on")
     parser.add_argument(
-        "--limit", type=number(int, 2, 60_000), default=1000, help="training images that networks are written from"
+        "--limit", type=number(int, 2, 60_000), default=5000, help="training images that networks are written from"
     )
     parser.add_argument(
         "--epochs", type=number(int, 0, 1000), default=1, help="of all training images, with straight-through gradients"
