@@ -70,6 +70,7 @@ def test_the_four_roads_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     found = {row[0]: [float(cell) for cell in row[1:]] for row in rows if row[1][:1].isdigit()}
     assert found["mlp"][0] < 30 < found["mlp"][1] and found["rows"][0] < 30 < found["rows"][1]
+    assert found["mlp"][1] != found["rows"][1]  # each of its own family
     assert found["random"][1] < found["written"][1] and found["random"][0] < 30 < found["written"][0]
     assert found["MLP 784-16-10"][0] == found["MLP 784-16-10"][1]  # of the same synthesiser
     assert found["digits"][1] > 40

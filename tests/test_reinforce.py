@@ -388,6 +388,19 @@ def test_ones_own_images_are_searched_for(users, monkeypatch, digits, capsys, re
     assert "too few to keep some apart" in refusal(main, *without_model)
 
 
+def test_with_validation_training_images_score_in_the_place_of_test_images(tmp_path):
+    images = torch.arange(60.0).view(-1, 1, 1, 1).expand(-1, 1, 16, 16).contiguous()
+    parts = {"images": images[:50], "test_images": images[50:], "labels": torch.arange(50) % 2}
+    torch.save(parts | {"test_labels": torch.arange(10) % 2}, tmp_path / "own.pt")
+
+    def split(validation: int) -> list[int]:
+        return [len(part.labels) for part in split_images(tmp_path / "own.pt", validation, torch.device("cpu"))]
+
+    assert [split(validation) for validation in (0, 5, 500)] == [[50, 10], [45, 5], [40, 10]]
+    known, scoring = (part.images[:, 0, 0, 0].tolist() for part in split_images(tmp_path / "own.pt", 5, "cpu"))
+    assert len({*known, *scoring}) == 50
+
+
 def test_random_architectures_are_none_of_those_that_are_evaluated(digits, monkeypatch):
     def shapes():
         drawn = draw_trials(random.Random(1), None, digits[:50], digits, networks=3, images=5)
@@ -583,6 +596,17 @@ def test_straight_through_gradients_train_what_is_rounded(digits):
             pass
     rounded = score(round_weights(networks[0], rounding), data.test).accuracy_percent
     assert found > rounded + 5
+
+
+def test_a_weight_is_rounded_and_its_gradient_goes_straight_through(digits):
+    weight = torch.randn(3, 8, requires_grad=True)
+    rounded = evaluate.StraightThrough(ROUNDINGS["ternary"])(weight)
+    torch.testing.assert_close(rounded, ROUNDINGS["ternary"](weight))
+    (2 * rounded).sum().backward()
+    assert (weight.grad == 2).all()
+    data = DataSet(digits[200:400], digits[:200], digits[:200])
+    (found,) = evaluate.straight_through(lambda: mlp([30]), [0], torch.zeros_like, data, epochs=1)
+    assert found < 25  # what is scored is rounded too
 
 
 def test_a_penalty_is_for_the_last_layer_and_makes_its_weights_smaller(tunable, digits):

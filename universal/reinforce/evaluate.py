@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from scripting import mean_and_range, number, option_parser, run_script, summary_statistics, table
+from scripting import (
+    add_validation_option,
+    mean_and_range,
+    number,
+    option_parser,
+    run_script,
+    summary_statistics,
+    table,
+)
 from target_cnn import Dataset, score, train_with_adam
 from universal.evaluation.clock import RATES, built
 from universal.evaluation.from_data import MNIST_BY_NAME, DataSet, load_data_set
@@ -47,7 +55,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--all", action="store_true", help="every network of universal.evaluate")
     parser.add_argument("--data", default=MNIST_BY_NAME, help="mnist, or where labelled images lie")
-    parser.add_argument("--validation", type=number(int, 0, 50_000), default=0, help="training images to score on")
+    add_validation_option(parser)
     return parser.parse_args()
 
 
@@ -72,7 +80,8 @@ def main() -> None:
             rows.append([name, weights, *cells])
     print(
         f"{options.data}: accuracy on {len(data.test.labels):,} images (%), mean and range over {options.inits} unseen "
-        f"inits, written from {len(known.labels):,} images; straight-through over {len(seeds[:MOST_TRAINED])}:"
+        f"inits, written from {len(known.labels):,} images; trained, straight-through, {min(MOST_TRAINED, len(seeds))} "
+        f"in {options.epochs} epochs:"
     )
     print(table(["Network", "Weights", "Before", "After", "Straight-through"], rows))
     if options.all:
