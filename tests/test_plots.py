@@ -75,3 +75,9 @@ def test_the_four_roads_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
     assert found["MLP 784-16-10"][0] == found["MLP 784-16-10"][1]  # of the same synthesiser
     assert found["digits"][1] > 40
     assert_png(tmp_path / "roads.png", height=1350, width=2400)
+
+
+def test_a_missing_file_of_either_synthesiser_is_made_by_its_own_command(refusal, tmp_path):
+    for option, maker in (("--synthesizer", "universal.train"), ("--ternary", "universal.reinforce")):
+        message = refusal(roads.main, option, tmp_path / "none.pth", cwd=tmp_path)
+        assert message.endswith(f"none.pth: no such file: run python -m {maker} first")

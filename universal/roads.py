@@ -27,6 +27,7 @@ from universal.evaluation.networks import EVALUATED, EVALUATED_SHAPES
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 from universal.reinforce.candidates import graph_of, written
+from universal.reinforce.reinforcement import MAKER
 from universal.reinforce.rewards import ROUNDINGS, score_after
 from universal.rules.synthesis import write
 from universal.signatures.__main__ import judged
@@ -57,7 +58,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    synthesizer, improved = (load_synthesizer(path, options.device) for path in (options.synthesizer, options.ternary))
+    synthesizer = load_synthesizer(options.synthesizer, options.device)
+    improved = load_synthesizer(options.ternary, options.device, MAKER)
     digits, test = (shuffled(load_mnist(split, MNIST, options.device)) for split in ("train", "test"))
     known, test = digits[:IMAGES], test[:TEST]
     seeds = range(options.seed, options.seed + options.networks)

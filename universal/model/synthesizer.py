@@ -158,28 +158,31 @@ def default_synthesizer(device: torch.device) -> GraphWeightSynthesizer:
     return load_synthesizer(device=device)
 
 
-def load_synthesizer(path: Path = SYNTHESIZER, device: torch.device | str = "cpu") -> GraphWeightSynthesizer:
+def load_synthesizer(
+    path: Path = SYNTHESIZER, device: torch.device | str = "cpu", maker: str = MAKER
+) -> GraphWeightSynthesizer:
     """The synthesiser saved at `path`, the one of this repository by default, in evaluation mode.
 
-    Raises UserError if the file is missing, broken, of another kind or of another version.
+    `maker` is the command that makes such a file. Raises UserError if it is missing, broken, of another kind or of
+    another version.
     """
-    content = load_file(path, maker=MAKER)
+    content = load_file(path, maker=maker)
     if not is_synthesizer(content):
-        raise UserError(f"{path}: not a saved synthesiser: make one with {MAKER}")
+        raise UserError(f"{path}: not a saved synthesiser: make one with {maker}")
     version = content.get("version")
     if version != VERSION:
         raise UserError(
             f"{path}: a synthesiser of version {version}, but this code reads version {VERSION}: "
-            f"make it again with {MAKER}"
+            f"make it again with {maker}"
         )
     try:
         synthesizer = GraphWeightSynthesizer(**content["settings"]).float()  # whatever the default is
         synthesizer.load_state_dict(in_full(content["state_dict"], content["scales"]))
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: a damaged synthesiser: make it again with {MAKER}") from error
+        raise UserError(f"{path}: a damaged synthesiser: make it again with {maker}") from error
     if not all(tensor.isfinite().all() for tensor in synthesizer.state_dict().values()):
-        raise UserError(f"{path}: holds NaN or infinite weights: make it again with {MAKER}")
+        raise UserError(f"{path}: holds NaN or infinite weights: make it again with {maker}")
     return synthesizer.to(device).eval()
 
 

@@ -29,7 +29,7 @@ from scripting import (
 from universal.builders import MODEL_HELP
 from universal.data.sources import DATA_HELP
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer, save_synthesizer
-from universal.reinforce.reinforcement import Reinforcement
+from universal.reinforce.reinforcement import MAKER, Reinforcement
 from universal.reinforce.rewards import REWARDS
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     options = parse_options()
     rank, processes = start_processes(options.device)
     reinforcement = Reinforcement(options, load_synthesizer(options.synthesizer), rank, processes)
-    run_to_end(reinforcement, "python -m universal.reinforce", rank, unit="generation")
+    run_to_end(reinforcement, MAKER, rank, unit="generation")
     if rank == 0:
         synthesizer = reinforcement.result().cpu()
         synthesizer.seconds["training"] = synthesizer.seconds.get("training", 0.0) + reinforcement.seconds

@@ -33,6 +33,7 @@ from universal.evaluation.networks import EVALUATED
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.graph import Logits
 from universal.reinforce.candidates import graph_of, written
+from universal.reinforce.reinforcement import MAKER
 from universal.reinforce.rewards import ROUNDINGS, score_after
 
 NETWORKS = ("TargetCNN", "half width", "double width")
@@ -61,7 +62,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    synthesizers = [load_synthesizer(path, options.device) for path in (options.synthesizer, options.improved)]
+    before = load_synthesizer(options.synthesizer, options.device)
+    synthesizers = [before, load_synthesizer(options.improved, options.device, MAKER)]
     data = load_data_set(options.data, options.validation, options.device)
     known, rounding = data.known[: options.limit], ROUNDINGS[options.reward]
     seeds = range(options.seed, options.seed + options.inits)

@@ -24,6 +24,7 @@ from universal.reinforce.candidates import (
 from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
 
+MAKER = "python -m universal.reinforce"
 SIDES = (16, 64)  # of images that random architectures take
 REPORTED_INITS = 3  # whose networks are scored in reports
 
