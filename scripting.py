@@ -161,6 +161,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.required:
             return f"{action.help} (required)"
+        if "(default: " in action.help:
+            return action.help
         if action.const is True:  # a flag
             return f"{action.help} (default: off)"
         return f"{action.help} (default: none)" if action.default is None else super()._get_help_string(action)

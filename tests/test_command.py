@@ -49,6 +49,8 @@ def failing():
 
 def recurrent():
     return Recurrent()
+
+made = nine()
 """
 
 
@@ -155,6 +157,7 @@ def test_missing_files_of_mnist_are_named(own_file, tmp_path, monkeypatch, refus
         ("target_cnn:Nothing", "has no callable Nothing"),
         ("{file}:Nothing", "has no callable Nothing"),
         ("{file}:number", "gives a int, not a torch.nn.Module"),
+        ("{file}:made", "my_net.py:made: is a network and not what builds one: name its class or a function"),
         ("{file}:nine", "holds 10 classes, but the network has 9 outputs: build it with 10 or more"),
         ("{file}:recurrent", "lstm is not supported (my_net.py, line 20: return self.lstm(x[:, 0])"),
         ("{file}:failing", "cannot be built (ZeroDivisionError: division by zero (my_net.py, line 23: return 1 / 0))"),

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import REPOSITORY, command
+from PIL import Image
 from test_model import NETWORKS as PERMUTED
 from test_model import mlp, permuted
 from torch import Tensor, nn
@@ -898,6 +899,16 @@ def batches(*given) -> DataLoader:
     return DataLoader([*given], batch_size=None)
 
 
+class Undecoded(Dataset):
+    """Pictures as Pillow has them."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        return Image.new("L", (14, 14)), index % 2
+
+
 X, Y = (values[:40] for values in images())
 BAD = {
     "different counts": ((X, Y[:30]), r"images of shape \[40, 1, 14, 14\] and labels of \[30\]"),
@@ -929,6 +940,7 @@ BAD = {
     "batches of different counts": ((batches((X, Y[:30])),), "40 images and 30 labels"),
     "images of two sizes": ((batches((X, Y), (X[..., :13], Y)),), r"\[1, 14, 14\] and of \[1, 14, 13\]"),
     "an empty loader": ((DataLoader(TensorDataset(X[:0], Y[:0])),), "no images"),
+    "pictures that are no tensors": ((Undecoded(),), r"no tensors: give it a transform, such as ToTensor\(\)"),
     "a file's name": (("mnist.npz",), "the images are a str"),
 }  # fmt: skip
 

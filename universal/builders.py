@@ -20,11 +20,15 @@ MODEL_HELP = (
 
 
 def load_builder(text: str) -> Callable[[], nn.Module]:
-    """What builds the network that `text`, of --model, names. Raises UserError as `load_callable` does."""
-    return partial(build_network, load_callable(text, "--model"), text)
+    """What builds the network that `text`, of --model, names. Raises UserError as `load_callable` does, and for a
+    network in the place of what builds one."""
+    build = load_callable(text, "--model")
+    if isinstance(build.func, nn.Module):
+        raise UserError(f"--model {text}: is a network and not what builds one: name its class or a function")
+    return partial(build_network, build, text)
 
 
-def load_callable(text: str, option: str) -> Callable:
+def load_callable(text: str, option: str) -> partial:
     """The function or class that `text` names, with the arguments that it may give: literals, never evaluated.
 
     Raises UserError, with the line of the user's file that is to blame, if there is none.

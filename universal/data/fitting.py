@@ -55,7 +55,7 @@ def fit(
     tried = "" if len(sizes) == 1 else f" nor of {len(sizes)} other sizes"
     raise ValueError(
         f"takes no images [{given}]{tried} (of the first it says {reason}): "
-        "give what it takes with --size and --channels"
+        "give what it takes with --size and --channels, or change the network"
     )
 
 

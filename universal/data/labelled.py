@@ -167,12 +167,24 @@ def name_of(value) -> str:
 
 def pairs_of(source: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a source. Raises ValueError if these are no pairs of tensors."""
-    for batch in source:
+    for batch in collated(source):
         if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
             raise ValueError(
                 f"the data set gives {name_of(batch)}, not pairs of images and labels: make it give (image, label)"
             )
         yield batch[0], batch[1]
+
+
+def collated(source: Iterable[tuple]) -> Iterator[tuple]:
+    """The batches of a source. Raises ValueError if it gives images, or anything else, that make no batch."""
+    try:
+        yield from source
+    except TypeError as error:
+        if "default_collate" not in str(error):
+            raise
+        raise ValueError(
+            "the data set gives images that are no tensors: give it a transform, such as ToTensor() of torchvision"
+        ) from error
 
 
 def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

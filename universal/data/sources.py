@@ -61,7 +61,9 @@ def open_source(path: Path) -> Source:
             raise UserError(f"{path}: cannot be read ({in_short(error)}): make it readable") from error
         if source is not None:
             if len(source.classes) < 2:
-                raise UserError(f"{path}: holds the class {source.classes[0]} alone: give images of two or more")
+                (only,) = source.classes
+                inner = f", such as those in {path / only}" if any(map(Path.is_dir, path.glob(f"{only}/*"))) else ""
+                raise UserError(f"{path}: holds the class {only} alone: give images of two or more{inner}")
             return source
     raise UserError(
         f"{path}: is no kind of labelled images: give a folder with a folder of pictures for each class, a directory "

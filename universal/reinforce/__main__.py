@@ -38,8 +38,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--reward",
         required=True,
-        default=argparse.SUPPRESS,
-        help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward (required)",
+        help=f"{', '.join(REWARDS)}, or a function of the written module, my_reward.py:reward",
     )
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="file of the synthesiser to start from")
     parser.add_argument(

@@ -43,9 +43,8 @@ MOST_TRAINED = 3  # inits
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Evaluate what trial and error has gained.", seed=1000)
-    required = {"required": True, "default": argparse.SUPPRESS}
-    parser.add_argument("--reward", choices=ROUNDINGS, **required, help="how weights are rounded (required)")
-    parser.add_argument("--improved", type=Path, **required, help="the synthesiser after trial and error (required)")
+    parser.add_argument("--reward", choices=ROUNDINGS, required=True, help="how weights are rounded")
+    parser.add_argument("--improved", type=Path, required=True, help="the synthesiser after trial and error")
     parser.add_argument("--synthesizer", type=Path, default=SYNTHESIZER, help="the one before")
     parser.add_argument("--inits", type=number(int, 1, 1000), default=20, help="unseen inits, from seeds SEED on")
     parser.add_argument(
