@@ -215,9 +215,12 @@ def test_a_limit_draws_from_all_classes_and_processes_share_what_it_draws(folder
         (lambda path: [child.write_bytes(b"no") for child in path.glob("*/*")], "none of its pictures can be decoded"),
         (lambda path: path.rename(path.with_name("elsewhere")), "no such file or directory"),
         (lambda path: [child.unlink() for child in path.glob("[br]*/*")]
-            and [child.rmdir() for child in path.glob("[br]*")], "holds the class green alone"),
+            and [child.rmdir() for child in path.glob("[br]*")], "the class green alone: give images of two or more"),
+        (lambda path: [(path / name).rename((path / "all").mkdir(exist_ok=True) or path / "all" / name)
+            for name in COLOURS],
+            "holds the class all alone: give images of two or more, such as those in "),
     ],
-    ids=["no folders", "empty class", "no pictures in a class", "all broken", "missing", "one class"],
+    ids=["no folders", "empty class", "no pictures in a class", "all broken", "missing", "one class", "classes within"],
 )  # fmt: skip
 def test_a_folder_that_cannot_be_used_gets_one_line(folder, spoil, reason):
     spoil(folder)
@@ -474,7 +477,7 @@ def test_a_network_is_written_from_pictures_and_the_readme_s_lines_classify_one(
     output = written(nets, folder, "--evaluate", "--seed", 3)
     assert "pictures: 36 images of 3 classes: blue, green, red" in output
     assert "Images are 12 x 12, 3 channels, which the network takes, as [3, 12, 12]; mean 0." in output
-    assert float(re.search(r"Accuracy = ([\d.]+)% on one image in 5", output)[1]) > 80
+    assert float(re.search(r"Accuracy = ([\d.]+)% on \d+ images held out", output)[1]) > 80
     record = json.loads((tmp_path / "w.json").read_text())
     assert record["classes"] == [*COLOURS] and record["size"] == [12, 12] and record["channels"] == 3
     assert record["shape"] == [3, 12, 12] and len(record["mean"]) == len(record["deviation"]) == 3
@@ -540,7 +543,9 @@ def test_what_holds_out_a_fifth_lets_neither_side_see_it(nets, folder, monkeypat
 def test_a_broken_picture_is_named_and_the_rest_is_used(nets, folder, tmp_path, capsys):
     whole = (folder / "red" / "004.png").read_bytes()
     (folder / "red" / "004.png").write_bytes(whole[:300])
-    with pytest.raises(UserError, match="pictures: 1 of its pictures are broken"):
+    with pytest.raises(
+        UserError, match="pictures: 1 of its pictures are broken, named above; what is saved was written without them"
+    ):
         written(nets, folder)
     (line,) = capsys.readouterr().err.splitlines()
     assert "red/004.png: cannot be decoded (" in line
@@ -558,6 +563,7 @@ def test_a_broken_picture_is_named_and_the_rest_is_used(nets, folder, tmp_path, 
         (("--size", 0), "'0' is no size in pixels: give one such as 64 or 48x64"),
         (("--size", "9x"), "'9x' is no size in pixels"),
         (("--channels", 2), "--channels: invalid choice"),
+        (("--search", 0), "--search: '0' is not a number from 0.001 to"),
         (("--limit", 1), "'1' is not a whole number from 2"),
         (("--size", 13), "takes no images [N, 3, 13, 13]"),
         (("--model", "{nets}:linear(2)"), "holds 3 classes, but the network has 2 outputs"),
@@ -575,6 +581,15 @@ def test_options_that_do_not_go_together_get_one_line_and_nothing_is_written(
     )  # fmt: skip
     assert reason in line
     assert not (tmp_path / "w.pth").exists() and not (tmp_path / "w.json").exists()
+
+
+def test_for_so_many_seconds_others_are_tried(nets, tmp_path):
+    content = arrays(shape=(3, 12, 12), each=50)
+    data = saved(tmp_path / "a.npz", content | {"labels": np.roll(content["labels"], 25)})  # half of them wrong
+    output = written(nets, data, "--evaluate", "--search", 0.7)
+    found = re.search(r"the best of (\d+) tries, Accuracy = [\d.]+% on (\d+) images held out, which chose it", output)
+    assert int(found[1]) > 1 and 15 < int(found[2]) < 45
+    assert "tries" not in written(nets, data, "--evaluate", "--search", 0.001)
 
 
 def test_networks_of_every_kind_are_written_scored_and_compared(nets, tmp_path):

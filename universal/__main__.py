@@ -45,18 +45,18 @@ from universal.evaluation.comparison import accuracy_percent, compare, compariso
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.refusals import place_of
+from universal.rules.search import search
 from universal.rules.synthesis import Accounts, write
 
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Write the weights of a network from labelled images.", seed=0)
-    required = {"required": True, "default": argparse.SUPPRESS}  # --help shows no default where there is none
-    parser.add_argument("--model", **required, help=f"{MODEL_HELP} (required)")
+    parser.add_argument("--model", required=True, help=MODEL_HELP)
     parser.add_argument(
         "--out",
         type=output_file(".pth", ".pt"),
-        **required,
-        help="file to write, and its sibling .json; with --count, their numbered siblings (required)",
+        required=True,
+        help="file to write, and its sibling .json; with --count, their numbered siblings",
     )
     parser.add_argument("--data", type=Path, help=DATA_HELP)
     parser.add_argument("--size", type=size, help="pixels, as 64 or 48x64 (height, width); else what the network takes")
@@ -65,6 +65,10 @@ def parse_options() -> argparse.Namespace:
         "--limit", type=number(int, 2, 10**9), default=MOST_IMAGES, help="images to write from, at most"
     )
     parser.add_argument("--skip-broken", action="store_true", help="broken pictures are no reason for exit code 2")
+    parser.add_argument(
+        "--search", type=number(float, 1e-3, 10**7), metavar="SECONDS",
+        help="write it again and again for so long, and keep the one that is best on the fifth held out",
+    )  # fmt: skip
     parser.add_argument("--count", type=number(int, 1, 100_000), default=1, help="networks, from seeds SEED on")
     parser.add_argument(
         "--evaluate", action="store_true",
@@ -96,10 +100,12 @@ def main() -> None:
     options = parse_options()
     build = load_builder(options.model)
     rank, processes = start_processes(options.device)
-    if options.compare and processes > 1:
-        raise UserError("--compare: runs in one process alone: leave out torchrun")
+    for option in ("compare", "search"):
+        if getattr(options, option) and processes > 1:
+            raise UserError(f"--{option}: runs in one process alone: leave out torchrun")
     synthesizer = load_synthesizer(options.synthesizer, options.device)
-    write_from = partial(write, limit=options.limit, synthesizer=synthesizer)
+    searching = partial(search, seconds=options.search) if options.search else write
+    write_from = partial(searching, limit=options.limit, synthesizer=synthesizer)
     options.data = options.data or mnist_files()
     torch.manual_seed(options.seed)
     images = load_images(
@@ -121,8 +127,8 @@ def main() -> None:
                 show_comparison(options, build, images, write_from)
     if rank == 0 and images.broken and not options.skip_broken:
         raise UserError(
-            f"{options.data}: {len(images.broken)} of its pictures are broken, named above, and were left out: "
-            "remove them, or give --skip-broken"
+            f"{options.data}: {len(images.broken)} of its pictures are broken, named above; what is saved was written "
+            "without them: remove them, or give --skip-broken"
         )
 
 
@@ -171,6 +177,8 @@ def report(
     if quiet:
         return
     line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
+    if accounts.tries > 1:
+        line += f", the best of {accounts.tries} tries"
     if options.evaluate:
         line += f", Accuracy = {accuracy_in_words(network, accounts, images, options.device)}"
     print(line, flush=True)
@@ -187,8 +195,9 @@ def report(
 def accuracy_in_words(network: nn.Module, accounts: Accounts, images: ImageSet, device: torch.device) -> str:
     """On test images, or where there are none on those that were held out."""
     if images.test is None:
-        held_out = accounts.held_out_percent
-        return "unknown" if held_out is None else f"{held_out:.2f}% on one image in {FOLDS}, held out"
+        percent = accounts.held_out_percent
+        chose = ", which chose it" * (accounts.tries > 1)
+        return "unknown" if percent is None else f"{percent:.2f}% on {accounts.held_out:,} images held out{chose}"
     return f"{accuracy_percent(network, images.test.to(device)):.2f}% on {len(images.test):,} test images"
 
 
@@ -214,7 +223,7 @@ def show_comparison(
     if images.test is None:  # neither of the two is to know those that score
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed)).to(options.device)
         known, kept = order[len(order) // FOLDS :], order[: len(order) // FOLDS]
-        train, scored, named = train.at(known), train.at(kept), f"one image in {FOLDS}, which neither has seen"
+        train, scored, named = train.at(known), train.at(kept), f"{len(kept):,} others"
     else:
         scored, named = images.test.to(options.device), f"{len(images.test):,} test images"
     print(f"\nBeside Adam, both from {len(train):,} images; accuracy on {named}:", flush=True)

@@ -30,7 +30,7 @@ from universal.rules.dense import dense_layer, thresholds
 from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order, of_images
 from universal.rules.filters import directions, into_stream, pooled_candidates, principal
 from universal.rules.judging import judged
-from universal.rules.numbers import Numbers
+from universal.rules.numbers import BY_HAND, Numbers
 from universal.rules.selection import forward_selection
 
 PROBES = 300  # images that the learned layers are written from
@@ -51,9 +51,9 @@ class Accounts(NamedTuple):
     """What was written of a network, and how it does.
 
     Every parameter and buffer, by name: those `written`, and those `left` as they were; of those of which only a part
-    is used, both. `count` is how many numbers were written. `held_out_percent` is the accuracy on the images that were
-    held out, a fifth, with a last layer that is regressed on the others only; None if there are none. `missing` are the
-    classes without an image.
+    is used, both. `count` is how many numbers were written. `held_out_percent` is the accuracy on the `held_out`
+    images, about a fifth, with a last layer that is regressed on the others only; None if there are none. `missing` are
+    the classes without an image. `tries` is how many networks were written to find this one.
     """
 
     written: list[str]
@@ -61,8 +61,10 @@ class Accounts(NamedTuple):
     count: int
     images: int
     missing: list[int]
+    held_out: int
     held_out_percent: float | None
     seconds: float
+    tries: int = 1
 
 
 def synthesize(
@@ -79,22 +81,20 @@ def synthesize(
 @torch.no_grad()
 def write(
     module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES,
-    synthesizer: GraphWeightSynthesizer | None = None,
+    synthesizer: GraphWeightSynthesizer | None = None, numbers: Numbers = BY_HAND,
 ) -> Accounts:  # fmt: skip
     """Write the weights of `module` in place for labelled images; what came of it.
 
     `images` are a tensor as the module takes them, with `labels` [N], or a Dataset or DataLoader of pairs; of more than
-    `limit`, so many are used. What is random comes from the random init that the module has, or with `seed` from a
-    fresh one. `synthesizer` has what is learned, by default that of this repository. Parameters with
-    `requires_grad=False` are kept. Warns of what is no better than chance (DoubtfulWeights). Raises
-    ValueError, in one line, for images, labels or modules that do not go together or cannot be read, and TypeError for
-    what is no module; then nothing is changed.
+    `limit`, so many are used. What is `labelled` for the module may be given in their place. What is random comes from
+    the random init that the module has, or with `seed` from a fresh one. `synthesizer` has what is learned, by default
+    that of this repository, `numbers` what the rules leave open. Parameters with `requires_grad=False` are kept. Warns
+    of what is no better than chance (DoubtfulWeights). Raises ValueError, in one line, for images, labels or modules
+    that do not go together or cannot be read, and TypeError for what is no module; then nothing is changed.
     """
     start = time.perf_counter()
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"a {type(module).__name__} cannot be written: give a torch.nn.Module")
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    data = LabelledImages(images, labels, 0 if seed is None else seed, limit, device)
+    data = images if isinstance(images, LabelledImages) else labelled(module, images, labels, seed, limit)
+    device = data.device
     graph = ComputationGraph(module, data.sample.images[:2].cpu())
     if max(data.present) >= graph.classes:
         raise ValueError(
@@ -112,7 +112,7 @@ def write(
             raise ValueError(f"{name}: holds NaN or infinite weights")
     try:
         ways = (False,) if trunk_end(graph) is graph.layers[0] else (True, False)  # what there is nothing to learn of
-        writing = better([Writing(graph, data, own, synthesizer, learned) for learned in ways])
+        writing = better([Writing(graph, data, own, synthesizer, numbers, learned) for learned in ways])
         written = writing.write()
     except torch.linalg.LinAlgError as error:
         reason = "what reaches one of its layers is beyond the precision of its numbers"
@@ -125,16 +125,27 @@ def write(
     written |= {name: bounded(tensor) for name, tensor in written.items() if name in parameters}
     for name in graph.written:
         state[name].copy_(written.get(name, torch.ones(())))  # of batches, a norm has seen one
-    held_out = (data.sample.folds == HELD_OUT).nonzero()[:LOOKED_AT, 0]
+    held_out = (data.sample.folds == HELD_OUT).nonzero()[:, 0]
+    looked_at = held_out[:LOOKED_AT]
     if writing.held_out_percent is not None:
-        doubtful = doubt(graph, data.sample.images[held_out], data.sample.labels[held_out], writing.held_out_percent)
+        doubtful = doubt(graph, data.sample.images[looked_at], data.sample.labels[looked_at], writing.held_out_percent)
         if doubtful is not None:
             warnings.warn(doubtful, DoubtfulWeights, stacklevel=3)  # past no_grad
     missing = sorted({*range(graph.classes)} - {*data.present})
     return Accounts(
         graph.with_tied(graph.written), graph.with_tied(graph.left), graph.count, data.count, missing,
-        writing.held_out_percent, time.perf_counter() - start,
+        len(held_out), writing.held_out_percent, time.perf_counter() - start,
     )  # fmt: skip
+
+
+def labelled(
+    module: nn.Module, images, labels: Tensor | None = None, seed: int | None = None, limit: int = MOST_IMAGES
+) -> LabelledImages:
+    """Images and labels as `write` takes them, for as many times as it is called. Raises what it raises."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"a {type(module).__name__} cannot be written: give a torch.nn.Module")
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    return LabelledImages(images, labels, 0 if seed is None else seed, limit, device)
 
 
 def better(writings: list["Writing"]) -> "Writing":
@@ -155,9 +166,9 @@ class Writing:
 
     def __init__(
         self, graph: ComputationGraph, data: LabelledImages, own: dict[str, Tensor],
-        synthesizer: GraphWeightSynthesizer, learned: bool,
+        synthesizer: GraphWeightSynthesizer, numbers: Numbers, learned: bool,
     ):  # fmt: skip
-        self.graph, self.data, self.own, self.numbers = graph, data, own, Numbers()
+        self.graph, self.data, self.own, self.numbers = graph, data, own, numbers
         self.written: dict[str, Tensor] = {}
         self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
         chosen = any(layer.pooled or (layer.resolution > 1 and not layer.is_convolution) for layer in graph.layers)
