@@ -61,7 +61,7 @@ def test_one_step_from_one_init_is_drawn_without_a_second(tmp_path):
 def test_the_four_roads_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
     small = {
         "IMAGES": 200, "TEST": 200, "STEPS": (1, 3), "ROUNDED": ("MLP 784-16-10",), "FAMILIES": {"mlp": 1, "rows": 1},
-        "KINDS": {"digits": roads.KINDS["digits"]}, "HELD_OUT_KINDS": {},
+        "KINDS": {"mnist": roads.KINDS["mnist"]}, "HELD_OUT_KINDS": {},
     }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(roads, name, value)
@@ -73,7 +73,7 @@ def test_the_four_roads_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
     assert found["mlp"][1] != found["rows"][1]  # each of its own family
     assert found["random"][1] < found["written"][1] and found["random"][0] < 30 < found["written"][0]
     assert found["MLP 784-16-10"][0] == found["MLP 784-16-10"][1]  # of the same synthesiser
-    assert found["digits"][1] > 40
+    assert found["mnist"][1] > 40
     assert_png(tmp_path / "roads.png", height=1350, width=2400)
 
 

@@ -28,9 +28,9 @@ from universal.rules import judging
 from universal.training import architectures, training
 from universal.training.architectures import ACTIVATIONS, FAMILIES, draw_architecture, parameter_shapes
 from universal.training.blocks import BLOCKS, Maps
-from universal.training.tasks import draw_task
+from universal.training.tasks import KINDS, draw_task
 
-OPTIONS = ["--networks", 1, "--families", "rows", "--tasks", "digits"]
+OPTIONS = ["--networks", 1, "--families", "rows", "--tasks", "mnist"]
 
 
 # ---- what is drawn --------------------------------------------------------------------------------------------------
@@ -348,3 +348,10 @@ def test_the_reward_is_that_of_what_the_written_layers_make_of_other_images(synt
 def test_what_is_no_task_or_family_is_refused(refusal, tmp_path):
     for option, value in (("--tasks", "cats"), ("--families", "mlp"), ("--networks", 0), ("--steps", 0)):
         assert option in refusal(train.main, *arguments(tmp_path, "run", option, value)[1:-2])
+
+
+def test_all_kinds_are_drawn_by_default_or_those_that_are_named(tmp_path, monkeypatch):
+    for given, kinds in (((), KINDS), (("all", "mnist"), KINDS), (("mnist", "waves"), {"mnist", "waves"})):
+        options = ["--steps", "2", "--device", "cpu", *(["--tasks", *given] if given else [])]
+        monkeypatch.setattr("sys.argv", ["train", *options, "--out", str(tmp_path / "s.pth")])
+        assert set(training.Training(train.parse_options(), 0, 1).kinds) == set(kinds)

@@ -5,7 +5,7 @@
 draws at every step a random data set, a random architecture and a random init of it. The synthesiser writes the layers
 of the network from a few labelled images; what a ridge regression on them makes of other images of the same classes,
 differentiated through all that, trains it (design document, section 4.1.3; regressions within: Bertinetto et al. 2019,
-arXiv 1805.08136). Killed, the same command goes on from its last checkpoint. With --tasks digits it makes a specialist.
+arXiv 1805.08136). Killed, the same command goes on from its last checkpoint. With --tasks mnist it makes a specialist.
 
     torchrun --nproc-per-node=2 -m universal.train
 
@@ -29,7 +29,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--networks", type=number(int, 1, 1000), default=4, help="drawn in a step, per process")
     parser.add_argument("--start-from", type=Path, help="file of a synthesiser to train on")
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=2e-4, help="highest learning rate of AdamW")
-    parser.add_argument("--tasks", nargs="+", choices=KINDS, default=list(KINDS), help="data sets (default: all kinds)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[*KINDS, "all"], default=["all"], help="kinds of data sets (default: all)"
+    )
     parser.add_argument(
         "--families", nargs="+", choices=LEARNED, default=list(LEARNED), help="of networks (default: all)"
     )

@@ -199,7 +199,7 @@ def places(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tens
 
 Kind = Callable[[random.Random, Tensor, int, int], Tensor]
 KINDS: dict[str, tuple[float, Kind]] = {
-    "digits": (3, digits), "glyphs": (3, glyphs), "leaves": (2, leaves), "waves": (0.5, waves),
+    "mnist": (3, digits), "glyphs": (3, glyphs), "leaves": (2, leaves), "waves": (0.5, waves),
     "textures": (1, textures), "places": (1.5, places),
 }  # fmt: skip
 HELD_OUT_KINDS: dict[str, tuple[float, Kind]] = {
@@ -262,7 +262,7 @@ def draw_task(
     torch.manual_seed(draw.getrandbits(60))
     shares, makers = zip(*kinds.values(), strict=True)
     ((name, make),) = draw.choices(list(zip(kinds, makers, strict=True)), shares)
-    classes = 10 if draw.random() < 0.4 else draw.randint(2, 10 if name == "digits" else 20)
+    classes = 10 if draw.random() < 0.4 else draw.randint(2, 10 if name == "mnist" else 20)
     side = 28 if draw.random() < 0.4 else 4 * draw.randint(SIDES[0] // 4, SIDES[1] // 4)
     balance = torch.ones(classes) if draw.random() < 0.7 else 0.3 + torch.rand(classes)
     labels = torch.multinomial(balance, count + held_out, replacement=True)

@@ -47,7 +47,7 @@ class Training:
 
     def __init__(self, options: argparse.Namespace, rank: int, processes: int):
         self.options, self.rank, self.processes, self.steps = options, rank, processes, options.steps
-        self.kinds = {kind: KINDS[kind] for kind in options.tasks}
+        self.kinds = KINDS if "all" in options.tasks else {kind: KINDS[kind] for kind in options.tasks}
         torch.manual_seed(options.seed)
         start = options.start_from
         self.synthesizer = load_synthesizer(start) if start else GraphWeightSynthesizer()
