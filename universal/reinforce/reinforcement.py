@@ -95,7 +95,7 @@ class Reinforcement:
     @torch.no_grad()
     def result(self) -> GraphWeightSynthesizer:
         """The synthesiser with what the search has come to."""
-        self.synthesizer.tuning.offsets.copy_(self.offsets(self.search.mean))
+        self.synthesizer.tuning.offsets.copy_(self.offsets(self.search.found))
         return self.synthesizer
 
     @property
@@ -104,7 +104,7 @@ class Reinforcement:
         return self.step * self.options.candidates * self.options.networks
 
     def report(self, minutes_left: float) -> None:
-        """Print the progress, with the mean accuracy on validation images of networks that the latest mean writes."""
+        """Print the progress, with the mean accuracy on validation images of networks that the search so far writes."""
         known, validation = (of_classes(data, self.reported) for data in (self.known, self.validation))
         networks = [written(self.result(), self.reported, seed, known) for seed in range(REPORTED_INITS)]
         accuracy = fmean(

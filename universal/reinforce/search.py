@@ -30,7 +30,7 @@ class CovarianceSearch:
             raise MissingPackage("needs the package cmaes: pip install cmaes") from error
         self.candidates = candidates
         self.start = lambda: CMA(np.zeros(dimension), deviation, population_size=candidates, seed=seed)
-        self.strategy, self.told = self.start(), []
+        self.strategy, self.told, self.means = self.start(), [], []
 
     def ask(self) -> Tensor:
         """New candidates, [candidates, dimension]."""
@@ -41,18 +41,20 @@ class CovarianceSearch:
         """What the candidates that were asked for are worth, [candidates, networks]."""
         self.told.append(rewards)
         self.strategy.tell(list(zip(self.asked, ranks(rewards).tolist(), strict=True)))
+        self.means.append(torch.tensor(self.strategy.mean, dtype=torch.float32))
 
     @property
-    def mean(self) -> Tensor:
-        """What the search has come to, [dimension]."""
-        return torch.tensor(self.strategy.mean, dtype=torch.float32)
+    def found(self) -> Tensor:
+        """What the search has come to, [dimension]: the average of the later half of the generations' means, for these
+        go to and fro where rewards are noisy (Polyak and Juditsky 1992)."""
+        return torch.stack(self.means[len(self.means) // 2 :]).mean(0)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"told": torch.stack(self.told) if self.told else torch.zeros(0)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go through the search again, up to where it was saved. Raises ValueError for another number of candidates."""
-        self.strategy, self.told = self.start(), []
+        self.strategy, self.told, self.means = self.start(), [], []
         for rewards in state["told"]:
             if len(rewards) != self.candidates:
                 raise ValueError(f"rewards of {len(rewards)} candidates, not of {self.candidates}")
