@@ -9,7 +9,7 @@ from torch import nn
 from scripting import MNIST
 from target_cnn import load_mnist
 from universal.rules import synthesis
-from universal.rules.numbers import Numbers
+from universal.rules.numbers import BY_HAND, Numbers
 from universal.rules.synthesis import write
 from universal.training import tasks
 from universal.training.architectures import Tokens
@@ -91,9 +91,8 @@ def test_every_number_changes_what_some_network_gets(name, monkeypatch):
     transformer = FlatTokens((1, 28, 28), 7, 32, blocks, classes=10, places=True, class_token=False, norm=False)
     for network in [transformer] if name in ("places", "attention", "stream") else [convolutions, dense]:
         for factor in (1, *{"clusters": (10, 40)}.get(name, (0.1, 1.2))):
-            changed = Numbers()._replace(**{name: factor * getattr(Numbers(), name)})
-            monkeypatch.setattr(synthesis, "Numbers", lambda changed=changed: changed)
-            write(network, images, labels, seed=0)
+            changed = BY_HAND._replace(**{name: factor * getattr(BY_HAND, name)})
+            write(network, images, labels, seed=0, numbers=changed)
             found.append(torch.cat([tensor.flatten() for tensor in network.state_dict().values()]))
     usual, less, more = (found[each::3] for each in range(3))
     assert any(not torch.allclose(a, b) for a, b in zip(usual * 2, less + more, strict=True))
