@@ -204,9 +204,9 @@ def add_validation_option(parser: argparse.ArgumentParser) -> None:
 
 def add_output_options(parser: argparse.ArgumentParser, plot: str, results: str | None) -> None:
     """The options of a script that saves a picture and maybe a record, by default under these names."""
-    parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=Path(plot), help="picture to save")
+    parser.add_argument("--plot", type=output_file(".png", ".pdf", ".svg"), default=plot, help="picture to save")
     if results:
-        parser.add_argument("--results", type=output_file(".json"), default=Path(results), help="record to save")
+        parser.add_argument("--results", type=output_file(".json"), default=results, help="record to save")
 
 
 def add_training_options(parser: argparse.ArgumentParser, report_every: int, checkpoint: str, out: Path) -> None:
@@ -214,9 +214,9 @@ def add_training_options(parser: argparse.ArgumentParser, report_every: int, che
     count, state, file = number(int, 1, 10**8), output_file(".pth"), output_file(out.suffix)
     parser.add_argument("--report-every", type=count, default=report_every, help="steps from report to report")
     parser.add_argument(
-        "--checkpoint", type=state, default=Path(checkpoint), help="state at the last report, deleted at the end"
+        "--checkpoint", type=state, default=checkpoint, help="state at the last report, deleted at the end"
     )
-    parser.add_argument("--out", type=file, default=out, help="file to write")
+    parser.add_argument("--out", type=file, default=str(out), help="file to write")
 
 
 def device(text: str) -> torch.device:

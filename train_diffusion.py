@@ -26,7 +26,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
     parser.add_argument(
-        "--out", type=output_file(".pth", ".pt"), default=Path("diffusion_optimizer.pth"), help="file to write"
+        "--out", type=output_file(".pth", ".pt"), default="diffusion_optimizer.pth", help="file to write"
     )
     return parser.parse_args()
 

@@ -44,7 +44,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=1e-3, help="learning rate of Adam")
     parser.add_argument("--runs", type=number(int, 1, 9999), default=1, help="trainings to record, from seeds SEED on")
     parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: the faster here")
-    parser.add_argument("--checkpoints", type=output_directory, default=CHECKPOINTS, help="directory to record in")
+    parser.add_argument("--checkpoints", type=output_directory, default=str(CHECKPOINTS), help="directory to record in")
     add_data_options(parser)
     return parser.parse_args()
 

@@ -31,6 +31,7 @@ from target_cnn import (
     load_run,
     train_with_adam,
 )
+from universal import roads, train
 
 SCORE = r"Accuracy = \d+\.\d\d%, Avg Loss = \d+\.\d{4}"
 SCRIPTS_IN = {
@@ -437,3 +438,16 @@ script.run_script(script.main)
     epochs = len(load_run(tmp_path))
     assert epochs >= 2 and len(load_log(tmp_path)) in (epochs, epochs - 1)  # the log is written after the weights
     assert len(list(tmp_path.iterdir())) == epochs + 1
+
+
+@pytest.mark.parametrize(
+    ("main", "name", "option"),
+    [
+        (train_diffusion.main, "diffusion_optimizer.pth", "--out"),
+        (train.main, "universal_training.pth", "--checkpoint"),
+        (roads.main, "assets/roads.png", "--plot"),
+    ],
+)
+def test_outputs_that_cannot_be_written_are_refused_before_work_by_default_too(main, name, option, tmp_path, refusal):
+    (tmp_path / name).mkdir(parents=True)
+    assert f"argument {option}: '{name}' is a directory" in refusal(main, cwd=tmp_path)

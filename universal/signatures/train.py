@@ -29,8 +29,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="the corpus of trained weights")
     parser.add_argument("--matrices", type=number(int, 1, 10_000), default=40, help="most of a family to learn from")
     parser.add_argument("--steps", type=number(int, 1, 10**7), default=2500, help="batches of signatures to learn from")
-    parser.add_argument("--table", type=output_file(".pth"), default=SIGNATURES, help="file of signatures to write")
-    parser.add_argument("--out", type=output_file(".pth"), default=SCORER, help="file of the scorer to write")
+    parser.add_argument("--table", type=output_file(".pth"), default=str(SIGNATURES), help="signatures to write")
+    parser.add_argument("--out", type=output_file(".pth"), default=str(SCORER), help="file of the scorer to write")
     return parser.parse_args()
 
 
