@@ -592,6 +592,13 @@ def test_for_so_many_seconds_others_are_tried(nets, tmp_path):
     assert "tries" not in written(nets, data, "--evaluate", "--search", 0.001)
 
 
+@pytest.mark.parametrize("option", [("--search", 1), ("--compare",)])
+def test_what_takes_its_time_runs_in_one_process(nets, folder, tmp_path, refusal, monkeypatch, option):
+    monkeypatch.setattr(command, "start_processes", lambda _: (0, 2))
+    given = ("--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "w.pth")
+    assert f"{option[0]}: runs in one process alone" in refusal(command.main, *given, *option)
+
+
 def test_networks_of_every_kind_are_written_scored_and_compared(nets, tmp_path):
     data = saved(tmp_path / "a.npz", arrays(shape=(3, 12, 12), each=50))
     for model in ("half", "flat", "named"):

@@ -941,7 +941,7 @@ BAD = {
     "batches of different counts": ((batches((X, Y[:30])),), "40 images and 30 labels"),
     "images of two sizes": ((batches((X, Y), (X[..., :13], Y)),), r"\[1, 14, 14\] and of \[1, 14, 13\]"),
     "an empty loader": ((DataLoader(TensorDataset(X[:0], Y[:0])),), "no images"),
-    "pictures that are no tensors": ((Undecoded(),), r"no tensors: give it a transform, such as ToTensor\(\)"),
+    "pictures that are no tensors": ((Undecoded(),), r"no tensor or number: give it a transform, such as ToTensor\(\)"),
     "a file's name": (("mnist.npz",), "the images are a str"),
 }  # fmt: skip
 

@@ -183,7 +183,7 @@ def collated(source: Iterable[tuple]) -> Iterator[tuple]:
         if "default_collate" not in str(error):
             raise
         raise ValueError(
-            "the data set gives images that are no tensors: give it a transform, such as ToTensor() of torchvision"
+            "the data set gives what is no tensor or number: give it a transform, such as ToTensor() of torchvision"
         ) from error
 
 

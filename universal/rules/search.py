@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from universal.data.labelled import MOST_IMAGES
+from universal.data.labelled import HELD_OUT, MOST_IMAGES
 from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.rules.numbers import BY_HAND, Numbers
@@ -33,21 +33,20 @@ def search(
     """
     start = time.perf_counter()
     data = labelled(module, images, labels, seed, limit)
+    if not (data.sample.folds == HELD_OUT).any():
+        raise ValueError("no image is held out to search by: give more")
     draw, numbers = random.Random(0 if seed is None else seed), BY_HAND
     best, tries, longest = None, 0, 0.0
     while best is None or (best[0].held_out_percent < 100 and time.perf_counter() - start + longest < seconds):
         began = time.perf_counter()
         try:
             with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
-                accounts = write(module, data, None, seed, limit, synthesizer, numbers)
+                accounts = write(module, data, seed=seed, synthesizer=synthesizer, numbers=numbers)
         except ValueError:  # of numbers that make values beyond all precision: others may do
             if best is None:
                 raise
         else:
-            held_out = accounts.held_out_percent
-            if held_out is None:
-                raise ValueError("no image is held out to search by: give more")
-            if best is None or held_out > best[0].held_out_percent:
+            if best is None or accounts.held_out_percent > best[0].held_out_percent:
                 state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
                 best = accounts, numbers, state, doubts
         tries, longest = tries + 1, max(longest, time.perf_counter() - began)
