@@ -338,6 +338,9 @@ def test_patches_are_what_a_convolution_reads(convolution, shape):
     neurons = weight.flatten(1).unflatten(0, (layer.groups, -1))
     read = torch.einsum("gnpf,gof->ngop", layer.patches(inputs, most=100), neurons).flatten(1, 2)
     torch.testing.assert_close(read, layer(inputs, weight).flatten(2))
+    if layer.groups == 1:
+        mean = layer(inputs, weight).flatten(2).mean(2)
+        torch.testing.assert_close(layer.mean_patch(inputs) @ weight.flatten(1).T, mean)
     some = layer.patches(inputs, most=3)
     assert 2 ** len(shape[2:]) <= some.shape[2] <= 3 ** len(shape[2:])
     assert all((layer.patches(inputs, 100) == patch[:, :, None]).all(3).any(2).all() for patch in some.unbind(2))

@@ -1013,3 +1013,14 @@ def test_a_pass_ends_at_its_layer():
 
     graph.write(images()[0][:10], {}, look, end=graph.last)
     assert seen == [operation for operation in graph.layers if operation is not graph.last]
+
+
+def test_a_last_convolution_is_regressed_on_what_it_reads_at_all_places():
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, 2, 1), nn.ReLU(), nn.Conv2d(6, 10, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    last, maps = ComputationGraph(network).last, torch.randn(4, 6, 14, 14)
+    weight, bias = (parameter.detach() for parameter in network[2].parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(features.features_of(last, maps, 4) @ weight.flatten(1).T + bias, network[2:](maps))

@@ -150,6 +150,17 @@ class Layer:
         if not self.is_convolution:
             rows = inputs.flatten(1, -2)
             return rows[None, :, :: -(-rows.shape[1] // most**2)]
+        windows = self.windows(inputs, most)
+        positions = windows.unflatten(1, (self.groups, -1)).flatten(3, 2 + len(self.shape[2:]))
+        return positions.movedim((1, 0, 3), (0, 1, 2)).flatten(3)
+
+    def mean_patch(self, inputs: Tensor) -> Tensor:
+        """What a convolution of one group reads in the mean over all positions, [N, features]."""
+        return self.windows(inputs).mean([*range(2, len(self.shape))]).flatten(1)
+
+    def windows(self, inputs: Tensor, most: int | None = None) -> Tensor:
+        """A view of what a convolution reads, at up to `most` positions along each side of the maps, or at all of them:
+        [N, channels, *positions, *kernel]."""
         kernel = self.shape[2:]
         stride, padding, dilation = (self.options[name] for name in ("stride", "padding", "dilation"))
         # F.unfold would lay out all positions, most of which are not looked at, and takes no maps of one dimension.
@@ -159,12 +170,11 @@ class Layer:
             after = spread - before if padding == "same" else before
             inputs = F.pad(inputs, [*[0, 0] * (len(kernel) - 1), before, after])
             count = (inputs.shape[2 + axis] - spread - 1) // stride[axis] + 1
-            every = -(-count // most)
+            every = -(-count // most) if most else 1
             first = stride[axis] * ((count - 1) % every // 2)
             inputs = inputs.narrow(2 + axis, first, inputs.shape[2 + axis] - first)
             inputs = inputs.unfold(2 + axis, spread + 1, stride[axis] * every)[..., :: dilation[axis]]
-        positions = inputs.unflatten(1, (self.groups, -1)).flatten(3, 2 + len(kernel))
-        return positions.movedim((1, 0, 3), (0, 1, 2)).flatten(3)
+        return inputs
 
     def of(self, weights: dict[str, Tensor], inputs: Tensor, _: bool = False) -> Tensor:
         """The layer's outputs for `inputs`, with the parameters in `weights`."""

@@ -14,7 +14,6 @@ from universal.reading.graph import ComputationGraph
 CACHE = 2**28  # elements of features that are kept for the next pass, one GiB
 LARGEST_MAP = 2**23  # elements that a layer gives of a chunk
 LARGEST_CHUNK = 1000  # images
-PLACES = 7  # along each side of the maps, at which a last convolution is looked at
 
 
 def chunk_size(graph: ComputationGraph, shape: tuple[int, ...], largest: int = LARGEST_MAP) -> int:
@@ -33,8 +32,10 @@ def features_of(layer: Layer, inputs: Tensor, count: int) -> Tensor | None:
     if layer.is_convolution:
         if layer.groups > 1:
             return None
-        patches = layer.patches(inputs, PLACES if layer.last else 2)[0]
-        return patches.mean(1) if layer.last or patches.shape[1] == 1 else None
+        if layer.last:
+            return layer.mean_patch(inputs)
+        patches = layer.patches(inputs, 2)[0]
+        return patches[:, 0] if patches.shape[1] == 1 else None
     if len(inputs) == count and inputs[0].numel() == inputs.shape[-1]:
         return inputs.flatten(1)
     return of_images(inputs, -1, count).mean(1) if layer.last else None
