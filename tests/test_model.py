@@ -18,6 +18,7 @@ from universal.mnist import IMAGE_SHAPE
 from universal.model import algebra
 from universal.model.algebra import InverseSquareRoot, decorrelate
 from universal.model.description import cosines_of
+from universal.model.neurons import ROLES, Order
 from universal.model.synthesizer import SYNTHESIZER, default_synthesizer, fresh_init, random_weights, save_synthesizer
 from universal.model.writing import NeuronRows, Writing
 from universal.reading.graph import ComputationGraph, in_fastest_layout
@@ -223,6 +224,30 @@ def test_permuted_neurons_are_written_permuted(double_synthesizer, train_digits,
     assert any(not torch.allclose(other[key], straight[key], rtol=1e-2) for key in straight)  # it reads the init
 
 
+def test_neurons_have_roles_by_their_order_and_those_that_are_added_up_the_same():
+    graph = ComputationGraph(
+        nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), Sum(nn.Conv2d(6, 6, 3, padding=1)), Sum(nn.Conv2d(6, 6, 1)), *CLASSES,
+            nn.Linear(6, 10),
+        )
+    )  # fmt: skip
+    weights, others = (random_weights(graph, seed) for seed in (0, 1))
+    first, *added = graph.layers[:3]
+    order, other = Order(graph, weights), Order(graph, weights | {"1.inner.weight": others["1.inner.weight"]})
+    roles = order.roles(first)
+    assert roles.tolist() == weights["0.weight"].sum((1, 2, 3)).argsort().argsort().tolist()
+    assert all(torch.equal(one.roles(layer), roles) for one in (order, other) for layer in added)
+    assert not torch.equal(Order(graph, others).roles(first), roles)
+
+
+def test_queries_and_keys_have_the_same_roles_in_their_own_order():
+    graph = ComputationGraph(VisionTransformer(8))
+    together = next(layer for layer in graph.layers if layer.shape[0] == 24)
+    queries, keys, values = Order(graph, random_weights(graph, 0)).roles(together).chunk(3)
+    assert queries.tolist() == keys.tolist() == [ROLES + place for place in range(8)]
+    assert len({*values.tolist()}) == 8 and values.max() < ROLES
+
+
 def test_a_last_layer_without_a_bias_prefers_no_class(train_digits, digits):
     network = cnn([16, 32], 64)
     network[9] = nn.Linear(64, 10, bias=False)
@@ -265,7 +290,7 @@ def test_gains_bring_their_neurons_to_one_scale(synthesizer, train_digits):
     with torch.no_grad():
         network(train_digits.images[:60])
     before, after = deviations
-    assert after.max() / after.min() < 1.25 < before.max() / before.min()
+    assert (after.max() / after.min()) ** 3 < before.max() / before.min()
 
 
 def test_gains_of_maps_are_written_along_their_channels(train_digits):
@@ -633,7 +658,7 @@ def test_it_writes_three_channels_and_fewer_classes(train_digits, digits):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "not a saved synthesiser"),
-        (lambda path: resave(path, version=8), "of version 8, but this code reads version 9"),
+        (lambda path: resave(path, version=8), "of version 8, but this code reads version 10"),
         (lambda path: resave(path, settings={"probes": 10}), "a damaged synthesiser"),
         (lambda path: resave(path, state_dict={}), "a damaged synthesiser"),
         (lambda path: path.unlink(), "no such file: run python -m universal.train"),
@@ -665,7 +690,7 @@ def test_nan_in_a_synthesiser_file_is_refused(tmp_path):
 def test_files_are_in_8_bits_and_small(tmp_path):
     synthesizer = small_synthesizer(0)
     with torch.no_grad():
-        synthesizer.reader.kernels.weight[2] *= 1000  # which its neighbours must not suffer from
+        synthesizer.writer.kernels.weight[2] *= 1000  # which its neighbours must not suffer from
     save_synthesizer(synthesizer, tmp_path / "saved.pth")
     content = torch.load(tmp_path / "saved.pth", weights_only=True)
     size = sum(tensor.numel() for tensor in synthesizer.state_dict().values())

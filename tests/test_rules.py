@@ -29,10 +29,11 @@ from universal.model.balance import FLATTENED
 from universal.model.looking import DoubtfulWeights
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
-from universal.rules import classes, features, selection, synthesis
+from universal.rules import classes, features, selection, synthesis, windows
 from universal.rules.moments import STRENGTHS, Regression, Sums
 from universal.rules.numbers import Numbers
 from universal.rules.selection import forward_selection
+from universal.training.blocks import Sum
 
 SIDE, COUNT = 14, 400
 
@@ -1024,3 +1025,17 @@ def test_a_last_convolution_is_regressed_on_what_it_reads_at_all_places():
     weight, bias = (parameter.detach() for parameter in network[2].parameters())
     with torch.no_grad():
         torch.testing.assert_close(features.features_of(last, maps, 4) @ weight.flatten(1).T + bias, network[2:](maps))
+
+
+def test_in_learned_networks_rules_write_what_is_read_as_means_over_places_alone(monkeypatch):
+    monkeypatch.setattr(synthesis, "better", lambda writings: writings[0])
+    of, written = windows.Filters.of, []
+    monkeypatch.setattr(windows.Filters, "of", lambda self, *given: written.append(given[0].name) or of(self, *given))
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 5, 2), nn.ReLU(), Sum(nn.Conv2d(8, 8, 3, padding=1)), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(),
+        Sum(nn.Conv2d(24, 24, 3, padding=1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    )  # fmt: skip
+    write(network, *images(), seed=0)
+    assert written == ["6.inner"]  # what it is added to is read by it too
+    assert accuracy_percent(network) > 70

@@ -256,7 +256,7 @@ def test_two_processes_train_together(tmp_path, trained, start, monkeypatch, cap
     reported = capsys.readouterr().out
     assert "processes: 2" in reported
     assert reported.count("Step 2/2") == 1
-    key = "reader.kernels.weight"
+    key = "writer.kernels.weight"
     assert not torch.equal(both[key], alone[key])  # the other process's gradients are in it
     assert (both[key] - alone[key]).abs().max() < 0.01  # from the same start
 
@@ -350,8 +350,24 @@ def test_what_is_no_task_or_family_is_refused(refusal, tmp_path):
         assert option in refusal(train.main, *arguments(tmp_path, "run", option, value)[1:-2])
 
 
-def test_all_kinds_are_drawn_by_default_or_those_that_are_named(tmp_path, monkeypatch):
-    for given, kinds in (((), KINDS), (("all", "mnist"), KINDS), (("mnist", "waves"), {"mnist", "waves"})):
+def test_digits_are_drawn_by_default_or_all_kinds_or_those_that_are_named(tmp_path, monkeypatch):
+    for given, kinds in (((), {"mnist"}), (("all", "mnist"), KINDS), (("mnist", "waves"), {"mnist", "waves"})):
         options = ["--steps", "2", "--device", "cpu", *(["--tasks", *given] if given else [])]
         monkeypatch.setattr("sys.argv", ["train", *options, "--out", str(tmp_path / "s.pth")])
         assert set(training.Training(train.parse_options(), 0, 1).kinds) == set(kinds)
+
+
+def test_a_training_begins_with_plain_networks_for_digits_and_ends_with_all(state, monkeypatch):
+    learning, seen = state("--steps", 100, "--networks", 8), []
+    learning.from_nothing = True
+    monkeypatch.setattr(training, "reward", lambda synthesizer, *_: (synthesizer.gain_scale.exp(), None))
+    drawn = learning.drawn
+    monkeypatch.setattr(learning, "drawn", lambda draw, *given: seen.append(given) or drawn(draw, *given))
+    for learning.step in (0, 20, 40):
+        learning.one_step()
+    first, between, later = ([given == training.FIRST for given in seen[at : at + 8]] for at in (0, 8, 16))
+    assert all(first) and any(between) and not all(between) and not any(later)
+    seen.clear()
+    learning.step, learning.from_nothing = 0, False
+    learning.one_step()
+    assert training.FIRST not in seen

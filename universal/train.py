@@ -2,10 +2,11 @@
 
     python -m universal.train
 
-draws at every step a random data set, a random architecture and a random init of it. The synthesiser writes the layers
-of the network from a few labelled images; what a ridge regression on them makes of other images of the same classes,
-differentiated through all that, trains it (design document, section 4.1.3; regressions within: Bertinetto et al. 2019,
-arXiv 1805.08136). Killed, the same command goes on from its last checkpoint. With --tasks mnist it makes a specialist.
+draws at every step random data sets, some of MNIST's digits or unions of them, in any size and contrast, random
+architectures, plain ones at first, and random inits. The synthesiser writes the layers of each network from a few
+labelled images; what a ridge regression on them makes of other images of the same classes, differentiated through all
+that, trains it (design document, section 4.1.3; regressions within: Bertinetto et al. 2019, arXiv 1805.08136). Killed,
+the same command goes on from its last checkpoint. With --tasks all it learns from other images too.
 
     torchrun --nproc-per-node=2 -m universal.train
 
@@ -25,17 +26,17 @@ from universal.training.training import LEARNED, Training
 
 def parse_options() -> argparse.Namespace:
     parser = option_parser("Train the universal synthesiser on random data sets and architectures.", seed=0)
-    parser.add_argument("--steps", type=number(int, 1, 10**8), default=1_300, help="of learning")
+    parser.add_argument("--steps", type=number(int, 1, 10**8), default=2_000, help="of learning")
     parser.add_argument("--networks", type=number(int, 1, 1000), default=4, help="drawn in a step, per process")
     parser.add_argument("--start-from", type=Path, help="file of a synthesiser to train on")
-    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=2e-4, help="highest learning rate of AdamW")
+    parser.add_argument("--lr", type=number(float, 1e-9, 1e3), default=8e-4, help="highest learning rate of AdamW")
     parser.add_argument(
-        "--tasks", nargs="+", choices=[*KINDS, "all"], default=["all"], help="kinds of data sets (default: all)"
+        "--tasks", nargs="+", choices=[*KINDS, "all"], default=["mnist"], help="kinds of data sets (default: mnist)"
     )
     parser.add_argument(
         "--families", nargs="+", choices=LEARNED, default=list(LEARNED), help="of networks (default: all)"
     )
-    add_training_options(parser, report_every=500, checkpoint="universal_training.pth", out=SYNTHESIZER)
+    add_training_options(parser, report_every=100, checkpoint="universal_training.pth", out=SYNTHESIZER)
     return parser.parse_args()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scripting import UserError, load_file, save_tensors
 from universal.model.description import DESCRIPTION, FREQUENCIES, AcrossNeurons, ConditionedMLP, mlp
-from universal.model.neurons import Reader
+from universal.model.neurons import Roles
 from universal.model.tuning import Tuning
 from universal.model.weights import Writer
 from universal.model.writing import Probes
@@ -24,7 +24,7 @@ from universal.reading.graph import ComputationGraph
 
 SYNTHESIZER = Path(__file__).resolve().parents[1] / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 9  # of the files; others are refused
+VERSION = 10  # of the files; others are refused
 LEARNED_CHANNELS = 3  # of inputs, whose keys are learned; what further ones, of tables and signals, are is only random
 
 
@@ -45,13 +45,12 @@ class GraphWeightSynthesizer(nn.Module):
         self.tuning = Tuning() if tunable else None
         self.seconds: dict[str, float] = {}  # what making it cost, as the diffusion models have it
         self.describe = mlp(DESCRIPTION, hidden, dimension)
-        self.reader = Reader(dimension, hidden, rank)
+        self.neurons = Roles(dimension, hidden)
         self.writer = Writer(dimension, hidden, rank, concepts)
         self.image_keys = nn.Parameter(torch.randn(LEARNED_CHANNELS, dimension))
         self.place_key = nn.Linear(FREQUENCIES**2, dimension, bias=False)
         self.key = ConditionedMLP(dimension, dimension, hidden, dimension)
         self.key_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
-        self.variant = nn.Linear(dimension, dimension)
         self.place_values = mlp(dimension, hidden, FREQUENCIES**2)
         self.place_scale = nn.Parameter(torch.zeros(()))
         self.gain_scale = nn.Parameter(torch.zeros(()))

@@ -2,8 +2,8 @@
 
 Design document, sections 4.1.1 and 4.1.3. A network is written from the images on, inside its own forward pass on a few
 labelled images, the probes: so every layer knows what reaches it. What a neuron is to those that read it is its key.
-`neurons.py` reads neurons, `weights.py` writes weights; permuted neurons are written permuted. What the random weights
-of the first layer sum up to, over its neurons, makes the network's variant, which all its layers know.
+`neurons.py` says what each is to be, by its place among the random weights of its layer, so that permuted neurons are
+written permuted; `weights.py` writes the weights.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from universal.model.algebra import per_probe, ridge_regression, unit_rms
 from universal.model.description import cosines_at, description_of
+from universal.model.neurons import Order
 from universal.model.sizes import bounded
 from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
 from universal.reading.graph import ComputationGraph
@@ -77,7 +78,7 @@ class Writing:
         self.synthesizer, self.graph, self.weights, self.probes = synthesizer, graph, weights, probes
         images = synthesizer.keys_of_inputs(graph.channels)
         self.keys, self.means = NeuronRows(graph, images), NeuronRows(graph, torch.zeros_like(images[:, 0]))
-        self.variant: Tensor | None = None
+        self.order = Order(graph, weights)
         self.written: dict[str, Tensor] = {}
 
     def write_up_to(self, end: Layer) -> dict[str, Tensor]:
@@ -92,26 +93,30 @@ class Writing:
         writers = {Layer: self.write_layer, Norm: self.write_norm, Gain: self.write_gain, Shift: self.write_shift}
         return next(write for kind, write in writers.items() if isinstance(operation, kind))(operation, inputs)
 
-    def write_layer(self, layer: Layer, inputs: Tensor) -> Tensor:
+    def write_layer(
+        self, layer: Layer, inputs: Tensor, given: tuple[Tensor, Tensor | None, Tensor] | None = None
+    ) -> Tensor:
+        """The probes' responses to the layer, as it is learned to be, or of a `given` weight, bias and mean."""
         synthesizer, writer, count = self.synthesizer, self.synthesizer.writer, len(self.probes.images)
         about = synthesizer.describe(description_of(layer, self.graph).to(inputs))
         keys = self.keys.of(layer.channels).mean(1)
         if layer.places is not None:
             keys = keys + synthesizer.place_key(cosines_at(layer.places.to(inputs)))
-        reading = synthesizer.reader.read(layer, keys, self.weights, about)
-        if self.variant is None:
-            self.variant = 0.5 * synthesizer.variant(F.layer_norm(reading.sum(0), reading.shape[1:]))
-        about = about + self.variant
-        neurons = synthesizer.reader.neurons(reading, layer.bias and layer.bias.of(self.weights), about)
+        neurons = synthesizer.neurons(layer, keys, self.order.roles(layer), about)
         whole = inputs if len(inputs) == count else None
         weight, mean = writer.hidden(layer, whole, keys, neurons, about, self.probes.concepts)
         gain = writer.scalar("gain", about)
-        self.means.add(gain * mean)
         new = writer.to_scale(layer, inputs, weight, mean, gain, about)
-        weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
+        if given is None:
+            weight, bias, responses = with_frozen(layer, inputs, self.weights, mean, *new)
+            means = gain * mean
+        else:
+            weight, bias, means = given
+            responses = layer(inputs, weight, bias)
+        self.means.add(means)
         key = synthesizer.key(neurons, about) + synthesizer.seen(seen_by(layer, new[2], self.probes))
         key = synthesizer.key_norm(key)
-        if layer.weight.frozen:
+        if layer.weight.frozen or given is not None:
             key = synthesizer.key_norm(mixtures_like(layer, new[2], responses) @ key)
         self.keys.add(key)
         layer.weight.put(self.written, weight, self.weights)

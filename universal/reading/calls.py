@@ -106,6 +106,11 @@ class Layer:
         return [part for part in (self.weight, self.bias) if part is not None and not part.frozen]
 
     @property
+    def neurons(self) -> Tensor:
+        """The numbers of its neurons, [neurons]."""
+        return torch.arange(self.first_neuron, self.first_neuron + self.shape[0])
+
+    @property
     def is_convolution(self) -> bool:
         return self.grid is None
 

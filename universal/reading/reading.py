@@ -348,7 +348,7 @@ class Reading(CallMode):
         found = self.follower.neurons.numbers(numbers.codes[0])
         inventory = self.inventory
         for layer in inventory.layers:
-            if torch.equal(found, torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])):
+            if torch.equal(found, layer.neurons):
                 layer.last, self.last = True, layer
         if self.last is None:
             made = self.makers.get(id(logits), "")

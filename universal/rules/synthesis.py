@@ -8,7 +8,6 @@ import math
 import time
 import warnings
 from collections import ChainMap
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages, agreed
 from universal.model.balance import balance
 from universal.model.looking import DoubtfulWeights, doubt
+from universal.model.neurons import Order
 from universal.model.sizes import bounded
 from universal.model.synthesizer import GraphWeightSynthesizer, default_synthesizer, random_weights, trunk_end
 from universal.model.writing import NeuronRows, written_norm
@@ -26,22 +26,17 @@ from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
 from universal.reading.graph import ComputationGraph
 from universal.rules.activation import Activation
 from universal.rules.classes import classifier
-from universal.rules.dense import dense_layer, thresholds
-from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order, of_images
-from universal.rules.filters import directions, into_stream, pooled_candidates, principal
+from universal.rules.dense import dense_layer
+from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order
 from universal.rules.judging import judged
 from universal.rules.numbers import BY_HAND, Numbers
-from universal.rules.selection import forward_selection
+from universal.rules.windows import PART, Filters, in_parts
 
 PROBES = 300  # images that the learned layers are written from
 JUDGES = 1500  # images by which it is chosen how layers before dense ones are written
 ALIKE = 0.02  # a share of the loss, within which the learned ones are taken
 LOOKED_AT = 100  # images held out that a written network is looked at with
 FIRST, FIRST_TO_CHOOSE = 600, 1200  # images that all but dense layers are written from; some by what the labels say
-MANY_GROUPS = 8
-PART = 100  # images whose responses to all candidates are looked at together
-PLACES = 5  # along each side of the maps, at which windows are looked at
-MOST_ROWS = 20_000  # of what reaches a layer
 ENOUGH_TO_PART = 250  # images in each part of what hidden dense layers are made from
 ENOUGH = 2**22  # activations for the statistics of a norm
 ROOM = 2**26  # elements that a layer gives of the images that are written from
@@ -176,19 +171,17 @@ class Writing:
         used = (data.sample.folds != HELD_OUT).nonzero()[:first, 0]
         self.end, self.trunk_is_written = trunk_end(graph), False
         if learned:
-            used = used[:PROBES]
+            used = used[torch.randperm(len(used), generator=self.generator)]  # others for every init
+            used = used if any(is_ruled(layer) for layer in graph.layers) else used[:PROBES]
         self.images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
         self.one_hot = F.one_hot(labels, len(data.present)).to(self.images)
-        readers = [*graph.layers, *graph.norms, *graph.shifts]
-        self.read = torch.cat([reader.channels.flatten() for reader in readers])  # numbers of neurons
-        pairs = [pairs for _, index, pairs in graph.neurons.blocks if index is None and pairs is not None]
-        self.summed = torch.cat(
-            [torch.zeros(0, dtype=torch.long), *(each.flatten() for each in pairs if each.shape[1] > 1)]
-        )
+        self.order = Order(graph, own)
+        self.filters = Filters(self.order, self.one_hot, numbers, self.generator)
         self.means = NeuronRows(graph, torch.zeros(graph.channels))
         self.learned, self.tuning = None, synthesizer.tuning
         if learned:
-            self.learned = LearnedWriting(synthesizer, graph, own, synthesizer.probes(self.images, self.one_hot))
+            probes = synthesizer.probes(self.images[:PROBES], self.one_hot[:PROBES])
+            self.learned = LearnedWriting(synthesizer, graph, own, probes)
             self.learned.written, self.means = self.written, self.learned.means
         self.features: Features | None = None  # of the last dense layer so far
         self.held_out_percent: float | None = None
@@ -224,7 +217,7 @@ class Writing:
             self.trunk_is_written = False
         if self.trunk_is_written:
             return operation.of(self.weights, inputs)
-        write = self.write_by_rules if self.learned is None else self.learned.write_operation
+        write = self.write_by_rules if self.learned is None else self.write_as_learned
         outputs = write(operation, inputs)
         if self.tuning is None or not isinstance(operation, Layer) or operation.weight.frozen:
             return outputs
@@ -235,12 +228,23 @@ class Writing:
             bias.put(self.written, bounded(values[1]), self.own)
         return operation.of(self.weights, inputs)
 
+    def write_as_learned(self, operation: Operation, inputs: Tensor) -> Tensor:
+        """By what is learned, from the probes; but where rules know more by these, from all first images."""
+        probes = next(in_parts(inputs, len(self.images), PROBES))[0] if len(self.images) > PROBES else inputs
+        if isinstance(operation, Layer) and is_ruled(operation):
+            weight, bias, means = self.filters.of(operation, inputs)
+            bias = bounded(bias) if operation.bias else None
+            outputs = self.learned.write_layer(operation, probes, (bounded(weight.view(operation.shape)), bias, means))
+        else:
+            outputs = self.learned.write_operation(operation, probes)
+        return outputs if probes is inputs else operation.of(self.weights, inputs)
+
     def write_by_rules(self, operation: Operation, inputs: Tensor) -> Tensor:
         if isinstance(operation, Layer):
             self.write_layer(operation, inputs)
         elif isinstance(operation, Norm) and operation.parts:
             means = self.means.of(operation.channels).to(inputs)
-            parameters, _ = written_norm(operation, self.some_of(inputs), means, self.own)
+            parameters, _ = written_norm(operation, some_of(inputs, len(self.images)), means, self.own)
             for name, part in operation.parameters.items():
                 part.put(self.written, parameters[name], self.own)
         elif isinstance(operation, Shift) and operation.parts:
@@ -268,97 +272,14 @@ class Writing:
             bias = -layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2).mean(0)
             self.means.add(torch.zeros(layer.shape[0]))
         elif read is None:
-            weight, bias = self.from_rows(layer, inputs)
+            weight, bias, means = self.filters.of(layer, inputs)
+            self.means.add(means.cpu())
         else:
             self.features = Features(self.graph, layer, self.data, dict(self.weights), self.features)
             weight, bias = self.of_classes(layer, inputs) if layer.last else self.dense(layer, self.features)
         layer.weight.put(self.written, bounded(weight.view(layer.shape)), self.own)
         if layer.bias:
             layer.bias.put(self.written, bounded(bias), self.own)
-
-    # ---- windows and tokens
-
-    def from_rows(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer that reads windows of maps, or tokens."""
-        rows = layer.patches(inputs, PLACES) if layer.is_convolution else of_images(inputs, -1, len(self.images))[None]
-        if layer.groups == 1:
-            linear = layer.activation is None or Activation(layer).is_linear  # as what scales queries is
-            if any(reader.pooled for reader in layer.readers) or not (layer.is_convolution or linear):
-                return self.before_pooling(layer, inputs, rows[0])
-            if not layer.is_convolution:
-                return self.of_tokens(layer, rows[0])
-        some = torch.randperm(rows.shape[1] * rows.shape[2], generator=self.generator)[:MOST_ROWS].to(rows.device)
-        rows = rows.flatten(1, 2)[:, some]
-        weight = torch.stack([self.of_group(layer, group, values) for group, values in enumerate(rows)])
-        responses = torch.einsum("gnf,gcf->ngc", rows, weight).flatten(1)
-        scale, threshold, mean = to_scale(layer, responses, self.numbers.active)
-        order = own_order(layer, self.own)
-        self.means.add(mean[order].cpu())
-        return weight.flatten(0, 1).div(scale[:, None])[order], (-threshold / scale)[order]
-
-    def of_group(self, layer: Layer, group: int, rows: Tensor) -> Tensor:
-        """Directions for the neurons of a group."""
-        count = layer.shape[0] // layer.groups
-        if layer.groups > MANY_GROUPS:  # depthwise: a principal direction of the channel
-            vectors, inverse_root = principal(rows, 4, self.numbers.whitening)
-            chosen = [(group + i) % len(vectors) for i in range(count)]
-            return (vectors * inverse_root[:, None])[chosen]
-        return directions(rows, count, not Activation(layer).is_odd, self.numbers, self.generator)
-
-    def before_pooling(self, layer: Layer, inputs: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer of whose neurons only means over places reach the classes: of many candidates,
-        those whose means say most of the labels."""
-        activation, count, numbers = Activation(layer), layer.shape[0], self.numbers
-        some = torch.randperm(rows.shape[0] * rows.shape[1], generator=self.generator)[:MOST_ROWS].to(rows.device)
-        some = rows.flatten(0, 1)[some]
-        weight = pooled_candidates(some, rows.mean(1), self.one_hot, count, numbers, self.generator)
-        weight, bias = thresholds(weight, some, activation, numbers, self.generator)
-        pooled = torch.cat([
-            of_images(activation(layer(part, weight.view(-1, *layer.shape[1:]), bias)), layer.axis, images).mean(1)
-            for part, images in self.parts(inputs)
-        ])  # fmt: skip
-        kept = forward_selection(pooled, self.one_hot, count)
-        kept = kept[torch.arange(count, device=kept.device) % len(kept)][own_order(layer, self.own)]
-        self.means.add((some @ weight[kept].T + bias[kept]).mean(0).cpu())
-        return weight[kept], bias[kept]
-
-    def parts(self, inputs: Tensor, images: int = PART) -> Iterator[tuple[Tensor, int]]:
-        """Inputs of all first images in parts of so many `images`, and how many these are."""
-        axis = 0 if len(inputs) % len(self.images) == 0 else inputs.shape.index(len(self.images))
-        size = inputs.shape[axis] // len(self.images)
-        for part in inputs.split(images * size, axis):
-            yield part, part.shape[axis] // size
-
-    def some_of(self, inputs: Tensor) -> Tensor:
-        """Those of as many of the first images as statistics are taken from."""
-        if inputs.numel() <= ENOUGH or len(self.images) not in inputs.shape:
-            return inputs
-        return next(self.parts(inputs, max(PART, ENOUGH * len(self.images) // inputs.numel())))[0]
-
-    def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a layer of tokens that no activation follows: queries and keys, which no layer reads and
-        which are the same, so that tokens attend to those like them; values; and what a block adds to the tokens."""
-        neurons = torch.arange(layer.first_neuron, layer.first_neuron + layer.shape[0])
-        compared = ~torch.isin(neurons, torch.cat([self.read, self.summed]))
-        tokens, numbers = rows.flatten(0, 1), self.numbers
-        vectors, inverse_root = principal(tokens, layer.shape[0], numbers.whitening)
-        weight = rows.new_zeros(layer.shape[0], rows.shape[2])
-        count = int(compared.sum())
-        size = count // 2 if count < layer.shape[0] else count  # queries and keys in one layer, or each in its own
-        if count:
-            generator = torch.Generator().manual_seed(0)  # the same for queries and keys: which head compares what
-            dealt = torch.randperm(max(size, len(vectors)), generator=generator)[:size].to(rows.device) % len(vectors)
-            white = numbers.attention * vectors * inverse_root[:, None]
-            weight[compared] = white[dealt].repeat(-(-count // max(size, 1)), 1)[:count]
-        others = int((~compared).sum())
-        if others and torch.isin(neurons, self.summed).any():
-            weight[~compared] = into_stream(tokens, rows.mean(1), self.one_hot, others, numbers, self.generator)
-        elif others:
-            weight[~compared] = directions(tokens, others, False, numbers, self.generator)
-        weight[~compared] = weight[~compared][places_among(layer.weight.of(self.own)[~compared])]
-        bias = -weight @ tokens.mean(0)
-        self.means.add(torch.zeros(layer.shape[0]))
-        return weight, bias
 
     # ---- dense layers
 
@@ -367,7 +288,7 @@ class Writing:
         sample = features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
         weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.numbers, self.generator)
-        order = own_order(layer, self.own)
+        order = self.order.of(layer)
         weight, bias = weight[order], bias[order]
         self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
         return weight, bias
@@ -395,35 +316,23 @@ def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
     return known, judging
 
 
+def some_of(inputs: Tensor, count: int) -> Tensor:
+    """The inputs of as many of `count` images as statistics are taken from."""
+    if inputs.numel() <= ENOUGH or count not in inputs.shape:
+        return inputs
+    return next(in_parts(inputs, count, max(PART, ENOUGH * count // inputs.numel())))[0]
+
+
+def is_ruled(layer: Layer) -> bool:
+    """Whether rules know more of a layer than what was learned: of one of tokens, and of a convolution that is read as
+    means over places alone."""
+    if not layer.is_convolution:
+        return layer.resolution > 1 and not layer.weight.frozen
+    pooled = bool(layer.readers) and all(reader.pooled for reader in layer.readers)
+    return pooled and layer.groups == 1 and not layer.weight.frozen
+
+
 def fingerprint(graph: ComputationGraph, own: dict[str, Tensor]) -> int:
     """A number that depends on the weights of the layers, but not on the order of their neurons."""
     bits = (layer.weight.of(own).contiguous().view(torch.int32).long().sum().item() for layer in graph.layers)
     return sum(bits) % 2**63
-
-
-def own_order(layer: Layer, own: dict[str, Tensor]) -> Tensor:
-    """The place of each neuron among those of its group, by its own random weights, so that permuted neurons are
-    written permuted: [neurons]."""
-    weights = layer.weight.of(own).unflatten(0, (layer.groups, -1))
-    return torch.cat([places_among(some) + group * len(some) for group, some in enumerate(weights)])
-
-
-def places_among(weights: Tensor) -> Tensor:
-    """The place of each neuron by the sum of its weights [neurons, ...]."""
-    return weights.flatten(1).double().sum(1).argsort().argsort()
-
-
-def to_scale(layer: Layer, responses: Tensor, active: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What divides neurons, and is taken off before, so that they are on at a share of the images, `active`, and of
-    deviation 1; their means then.
-
-    `responses` [n, neurons] are those without a bias.
-    """
-    is_odd = Activation(layer).is_odd
-    some = responses[: 2**22 // responses.shape[1]]
-    # Where most responses are of one value, such as that of an empty background, a quantile may be their largest.
-    threshold = torch.quantile(some, 0.5 if is_odd else 1 - active, dim=0)
-    threshold = threshold.clamp(some.mean(0) - some.std(0), some.mean(0))
-    after = some if is_odd else F.relu(some - threshold)
-    scale = after.std(0) + 1e-5
-    return scale, threshold, (some.mean(0) - threshold) / scale

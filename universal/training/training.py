@@ -20,10 +20,11 @@ from universal.rules.judging import judged
 from universal.training.architectures import FAMILIES, draw_architecture
 from universal.training.tasks import HELD_OUT_KINDS, KINDS, Task, draw_task
 
-AVERAGE_DECAY = 0.998  # of the exponential moving average
-SUPPORT, QUERY = 256, 128  # images that the last layer is regressed on, and that it is judged by
+AVERAGE_DECAY = 0.99  # of the exponential moving average
+SUPPORT, QUERY = 192, 128  # images that the last layer is regressed on, and that it is judged by
 PROBES = (96, 160)  # of the former, what layers are written from
 ORDINARY, LEAST_SHARE = 4e6, 0.4  # multiplications for an image; of more, fewer images are looked at
+NARROW, FIRST = 0.4, ({"mnist": KINDS["mnist"]}, ["ordinary"])  # of the steps, in which fewer and fewer draws are such
 LARGEST_GRADIENT = 1.0  # of one network: some are a hundred times larger than others
 LEARNED = [family for family in FAMILIES if family != "mlp"]
 
@@ -49,7 +50,7 @@ class Training:
         self.options, self.rank, self.processes, self.steps = options, rank, processes, options.steps
         self.kinds = KINDS if "all" in options.tasks else {kind: KINDS[kind] for kind in options.tasks}
         torch.manual_seed(options.seed)
-        start = options.start_from
+        start, self.from_nothing = options.start_from, options.start_from is None
         self.synthesizer = load_synthesizer(start) if start else GraphWeightSynthesizer()
         self.earlier_seconds = self.synthesizer.seconds.get("training", 0.0)
         self.synthesizer.to(options.device).train()
@@ -91,7 +92,8 @@ class Training:
         for place in range(self.options.networks):
             # A seed of its own for every network: a resumed training draws what the killed one would have drawn.
             draw = random.Random(f"{self.options.seed} {self.step} {self.rank} {place}")
-            task, graph = self.drawn(draw, self.kinds, self.options.families)
+            narrow = self.from_nothing and draw.random() > self.step / (NARROW * self.steps)
+            task, graph = self.drawn(draw, *(FIRST if narrow else (self.kinds, self.options.families)))
             init = fresh_init(graph, draw.getrandbits(31), self.options.device)
             share = min(1.0, max(LEAST_SHARE, ORDINARY / graph.multiplications))
             task = task._replace(train=task.train[: round(share * SUPPORT)], test=task.test[: round(share * QUERY)])
