@@ -404,7 +404,7 @@ def test_features_in_another_order_are_of_the_same_channels():
     layer = ComputationGraph(ChannelsLast()).last
     assert layer.order.tolist()[:3] == [0, 4, 8] and len(layer.channels) == 4 and len(layer.grid) == 169
     weight = torch.randn(10, 676)
-    kernels = layer.kernels({layer.weight.name: weight})
+    kernels = weight.unflatten(1, (169, 4)).movedim(2, 1)
     assert torch.equal(kernels[:, 1, 2], weight[:, 9])
     assert torch.equal(layer.weight_of(kernels), weight)
 

@@ -1027,15 +1027,25 @@ def test_a_last_convolution_is_regressed_on_what_it_reads_at_all_places():
         torch.testing.assert_close(features.features_of(last, maps, 4) @ weight.flatten(1).T + bias, network[2:](maps))
 
 
-def test_in_learned_networks_rules_write_what_is_read_as_means_over_places_alone(monkeypatch):
+def test_in_learned_networks_rules_write_tokens_and_what_is_read_as_means_over_places_alone(monkeypatch):
     monkeypatch.setattr(synthesis, "better", lambda writings: writings[0])
-    of, written = windows.Filters.of, []
-    monkeypatch.setattr(windows.Filters, "of", lambda self, *given: written.append(given[0].name) or of(self, *given))
+    of, written = windows.Filters.of, {}
+    monkeypatch.setattr(
+        windows.Filters, "of",
+        lambda self, layer, inputs: written.update({layer.name: len(self.one_hot)}) or of(self, layer, inputs),
+    )  # fmt: skip
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(1, 8, 5, 2), nn.ReLU(), Sum(nn.Conv2d(8, 8, 3, padding=1)), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(),
         Sum(nn.Conv2d(24, 24, 3, padding=1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
     )  # fmt: skip
-    write(network, *images(), seed=0)
-    assert written == ["6.inner"]  # what it is added to is read by it too
+    write(network, *images(count=2 * COUNT), seed=0)
+    assert {*written} == {"6.inner"}  # what it is added to is read by it too
+    assert written["6.inner"] > synthesis.PROBES
     assert accuracy_percent(network) > 70
+    written.clear()
+    network[6].inner.weight.requires_grad_(False)
+    write(network, *images(), seed=0)
+    assert not written
+    write(made("MultiheadAttention"), *images(), seed=0)
+    assert {*written} == {"attention.in_proj_weight", "attention.out_proj", "up", "down"}

@@ -133,15 +133,8 @@ class Layer:
         """How many positions of a channel a neuron reads: those of the kernel, or of the map that was flattened."""
         return math.prod(self.shape[2:]) if self.is_convolution else len(self.grid)
 
-    def kernels(self, weights: dict[str, Tensor]) -> Tensor:
-        """The layer's weight in `weights` as [neurons, channels of a group, positions]."""
-        weight = self.weight.of(weights)
-        if self.is_convolution:
-            return weight.flatten(2)
-        return (weight if self.order is None else weight[:, self.order]).unflatten(1, (-1, self.positions))
-
     def weight_of(self, kernels: Tensor) -> Tensor:
-        """The weight, of `shape`, whose `kernels` these are."""
+        """The weight, of `shape`, whose `kernels` [neurons, channels of a group, positions] these are."""
         if self.is_convolution:
             return kernels.unflatten(2, self.shape[2:])
         flat = kernels.flatten(1)

@@ -175,8 +175,7 @@ class Writing:
             used = used if any(is_ruled(layer) for layer in graph.layers) else used[:PROBES]
         self.images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
         self.one_hot = F.one_hot(labels, len(data.present)).to(self.images)
-        self.order = Order(graph, own)
-        self.filters = Filters(self.order, self.one_hot, numbers, self.generator)
+        self.filters = Filters(Order(graph, own), self.one_hot, numbers, self.generator)
         self.means = NeuronRows(graph, torch.zeros(graph.channels))
         self.learned, self.tuning = None, synthesizer.tuning
         if learned:
@@ -288,7 +287,7 @@ class Writing:
         sample = features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
         weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.numbers, self.generator)
-        order = self.order.of(layer)
+        order = self.filters.order.of(layer)
         weight, bias = weight[order], bias[order]
         self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
         return weight, bias
