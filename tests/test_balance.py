@@ -16,9 +16,9 @@ from universal.model import algebra
 from universal.model.balance import FLATTENED, balance, slopes_of
 from universal.model.sizes import LARGEST, USUAL_LENGTH
 from universal.model.synthesizer import fresh_init, random_weights
-from universal.model.writing import Writing
 from universal.reading.graph import ComputationGraph
 from universal.rules import synthesis
+from universal.rules.trunk import Trunk
 
 CLASSES = (nn.AdaptiveAvgPool2d(1), nn.Flatten())  # what makes logits of a convolution's outputs
 
@@ -100,8 +100,8 @@ def test_a_neuron_that_cannot_be_brought_to_scale_has_weights_of_the_usual_size(
     few = train_digits[:60]
     graph = ComputationGraph(DEAD["maps"]())
     with torch.no_grad():
-        probes = synthesizer.probes(few.images, F.one_hot(few.labels, 10).float())
-        written = Writing(synthesizer, graph, fresh_init(graph, 0, "cpu"), probes).write_up_to(graph.last)
+        one_hot = F.one_hot(few.labels, 10).float()
+        written = Trunk(graph, fresh_init(graph, 0, "cpu"), few.images, one_hot, synthesizer).write_up_to(graph.last)
     lengths = written["2.weight"].flatten(1).norm(dim=1)
     assert (lengths < 10 * USUAL_LENGTH).all() and (lengths > 0.1 * USUAL_LENGTH).all()
 

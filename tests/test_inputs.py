@@ -13,9 +13,9 @@ from target_cnn import TargetCNN, score
 from universal import write
 from universal.evaluation.networks import cnn, mlp
 from universal.model.synthesizer import random_weights
-from universal.model.writing import Writing
 from universal.reading.geometry import middles
 from universal.reading.graph import ComputationGraph, Logits
+from universal.rules.trunk import Trunk
 
 POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -115,14 +115,14 @@ def test_networks_for_other_inputs_are_written_equivariantly(name):
     shape, classes, build, groups, _ = NETWORKS[name]
     synthesizer = small_synthesizer(0).double()
     images, labels = torch.randn(40, *shape).double(), torch.arange(40) % classes
-    probes = synthesizer.probes(images, F.one_hot(labels).double())
+    one_hot = F.one_hot(labels).double()
     torch.manual_seed(1)
     graph = ComputationGraph(build(), torch.randn(2, *shape))
     own = graph.weights()
 
     def written(seed: int, change=lambda weights: weights) -> dict:
         weights = {key: value.double() for key, value in (own | random_weights(graph, seed)).items()}
-        return Writing(synthesizer, graph, change(weights), probes).write_up_to(graph.last)
+        return Trunk(graph, change(weights), images, one_hot, synthesizer).write_up_to(graph.last)
 
     with torch.no_grad():
         straight, other = written(seed=0), written(seed=1)

@@ -20,8 +20,9 @@ from universal.model.algebra import InverseSquareRoot, decorrelate
 from universal.model.description import cosines_of
 from universal.model.neurons import ROLES, Order
 from universal.model.synthesizer import SYNTHESIZER, default_synthesizer, fresh_init, random_weights, save_synthesizer
-from universal.model.writing import NeuronRows, Writing
+from universal.model.writing import NeuronRows
 from universal.reading.graph import ComputationGraph, in_fastest_layout
+from universal.rules.trunk import Trunk
 from universal.training.architectures import Tokens
 from universal.training.blocks import Concatenation, Gain, Gate, Sum, Transposed
 
@@ -186,8 +187,10 @@ def permuted(weights: dict, groups: list, seed: int) -> dict:
 def write_learned(synthesizer, graph: ComputationGraph, data, seed: int) -> dict:
     """What the learned layers write in place of all before the last, from a fresh init: by name."""
     with torch.no_grad():
-        probes = synthesizer.probes(data.images, F.one_hot(data.labels, 10).float())
-        written = Writing(synthesizer, graph, fresh_init(graph, seed, "cpu"), probes).write_up_to(graph.last)
+        one_hot = F.one_hot(data.labels, 10).float()
+        written = Trunk(graph, fresh_init(graph, seed, "cpu"), data.images, one_hot, synthesizer).write_up_to(
+            graph.last
+        )
         for name, tensor in written.items():
             graph.state()[name].copy_(tensor)
     return written
@@ -207,12 +210,12 @@ def test_permuted_neurons_are_written_permuted(double_synthesizer, train_digits,
     build, groups = NETWORKS[name]
     graph = ComputationGraph(build(), IN_COLOUR if "three" in name else None)
     images = train_digits.images[:60].double().expand(-1, graph.channels if "three" in name else 1, -1, -1)
-    probes = double_synthesizer.probes(images, F.one_hot(train_digits.labels[:60], 10).double())
+    one_hot = F.one_hot(train_digits.labels[:60], 10).double()
     own, last = graph.weights(), {part.name for part in graph.last.parts}
 
     def written(seed: int, change=lambda weights: weights) -> dict:
         weights = {key: value.double() for key, value in (own | random_weights(graph, seed)).items()}
-        return Writing(double_synthesizer, graph, change(weights), probes).write_up_to(graph.last)
+        return Trunk(graph, change(weights), images, one_hot, double_synthesizer).write_up_to(graph.last)
 
     with torch.no_grad():
         straight, other = written(0), written(1)
@@ -261,21 +264,19 @@ def test_groups_with_the_same_roles_are_told_apart_by_what_they_read(synthesizer
     assert not torch.allclose(straight, straight.roll(3, 0), rtol=1e-2)
 
 
-def test_what_is_given_in_the_place_of_learned_neurons_has_the_keys_of_those_that_it_is_like(synthesizer, train_digits):
+def test_layers_that_are_given_have_keys_of_their_roles_and_of_what_they_answer(synthesizer, train_digits):
     images, labels = train_digits[:120]
     graph = ComputationGraph(cnn([8, 16], 16))
-    first, order = graph.layers[0], torch.tensor([3, 0, 1, 2, 7, 4, 5, 6])
-    weights = fresh_init(graph, 0, "cpu")
+    first, weights, one_hot = graph.layers[0], fresh_init(graph, 0, "cpu"), F.one_hot(labels, 10).float()
     with torch.no_grad():
-        probes = synthesizer.probes(images, F.one_hot(labels, 10).float())
-        learned, other = (Writing(synthesizer, graph, weights, probes) for _ in range(2))
-        learned.write_layer(first, images)
-        weight, bias = (part.of(learned.written)[order] for part in first.parts)
-        other.write_layer(first, images, (weight, bias, torch.arange(8.0)))
-    own, keys = (writing.keys.rows[-8:] for writing in (learned, other))
-    likeness = F.cosine_similarity(keys[:, None], own[None], dim=2)
-    assert torch.equal(likeness.argmax(1), order)
-    assert torch.equal(other.means.rows[-8:].flatten(), torch.arange(8.0))
+        learned, same, other = (Trunk(graph, weights, images, one_hot, synthesizer).learned for _ in range(3))
+        weight, bias, means, responses = learned.of(first, images)
+        again = same.of(first, images, (weight, bias, means))
+        changed = other.of(first, images, (weight.flip(0), bias.flip(0), torch.arange(8.0)))
+    torch.testing.assert_close(again[3], responses)
+    torch.testing.assert_close(same.keys.rows, learned.keys.rows, rtol=1e-4, atol=1e-5)
+    assert (other.keys.rows[-8:] - learned.keys.rows[-8:]).norm() > 1e-3 * learned.keys.rows[-8:].norm()
+    assert torch.equal(changed[2], torch.arange(8.0))
 
 
 def test_a_last_layer_without_a_bias_prefers_no_class(train_digits, digits):
@@ -307,25 +308,7 @@ def test_what_has_an_upper_end_too_gets_no_such_bias(train_digits, function):
     torch.testing.assert_close(network[1].bias, plain[1].bias)
 
 
-def test_gains_bring_their_neurons_to_one_scale(synthesizer, train_digits):
-    gain = Gain(8, 1e-6)
-    inner = nn.Sequential(nn.Linear(8, 8), nn.GELU(), gain)
-    network = nn.Sequential(nn.Conv2d(1, 8, 4, 4), Sum(Transposed(inner)), *CLASSES, nn.Linear(8, 10))
-    graph = ComputationGraph(network)
-    write_learned(synthesizer, graph, train_digits[:60], seed=0)
-    deviations = []
-    gain.register_forward_hook(
-        lambda _, inputs, output: deviations.extend(t.flatten(0, -2).std(0, correction=0) for t in (*inputs, output))
-    )
-    with torch.no_grad():
-        network(train_digits.images[:60])
-    before, after = deviations
-    wanted = synthesizer.gain_scale.detach().exp()
-    torch.testing.assert_close(after, wanted * before * torch.rsqrt(before.square() + 1e-2))  # all but of the faintest
-    assert before.max() / before.min() > 1.25
-
-
-def test_gains_of_maps_are_written_along_their_channels(train_digits):
+def test_gains_become_one(train_digits):
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -336,8 +319,7 @@ def test_gains_of_maps_are_written_along_their_channels(train_digits):
 
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), Scaled(), nn.Flatten(), nn.Linear(4 * 676, 10))
     assert "2.gain" in write(network, *train_digits[:300], seed=0).written
-    gains = network[2].gain.flatten()
-    assert network[2].gain.shape == (1, 4, 1, 1) and gains.unique().numel() == 4 and (gains > 0.01).all()
+    assert network[2].gain.shape == (1, 4, 1, 1) and (network[2].gain > 0.1).all()  # as far as they are not balanced
 
 
 def test_pixels_keep_their_scales(synthesizer, train_digits):
@@ -449,8 +431,8 @@ def test_what_a_wide_layer_costs_does_not_grow_with_the_cube_of_its_width(synthe
 
     for name in ("eigh", "inv", "cholesky", "solve"):
         monkeypatch.setattr(torch.linalg, name, recording(getattr(torch.linalg, name)))
-    wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(), *CLASSES)
-    write_learned(synthesizer, ComputationGraph(wide.append(nn.Linear(1024, 10))), train_digits[:50], seed=0)
+    wide = nn.Sequential(nn.Conv2d(1, 1024, 3, 4), nn.ReLU(), nn.Conv2d(1024, 1024, 1), nn.ReLU(), nn.Flatten())
+    write_learned(synthesizer, ComputationGraph(wide.append(nn.LazyLinear(10))), train_digits[:50], seed=0)
     assert len(largest) > 3 and 50 < max(largest) <= algebra.MOST_ROWS
 
 
@@ -628,7 +610,7 @@ def test_infinite_masks_are_left_alone_and_nan_is_never_written(train_digits):
     assert all(parameter.isfinite().all() for parameter in network.parameters())
     network = Masked(lambda x: (x - 2).sqrt())  # of random pixels it can be taken
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    with pytest.raises(ValueError, match="Masked: cannot be written: what reaches one of its layers is beyond"):
+    with pytest.raises(ValueError, match="out: NaN or infinite values reach it of the images"):
         synthesize(network, *train_digits[:300], seed=0)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -690,7 +672,7 @@ def test_it_writes_three_channels_and_fewer_classes(train_digits, digits):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:5000]), "damaged"),
         (lambda path: torch.save({"conv1.weight": torch.zeros(1)}, path), "not a saved synthesiser"),
-        (lambda path: resave(path, version=8), "of version 8, but this code reads version 10"),
+        (lambda path: resave(path, version=8), "of version 8, but this code reads version 11"),
         (lambda path: resave(path, settings={"probes": 10}), "a damaged synthesiser"),
         (lambda path: resave(path, state_dict={}), "a damaged synthesiser"),
         (lambda path: path.unlink(), "no such file: run python -m universal.train"),

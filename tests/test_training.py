@@ -22,9 +22,9 @@ from torch import nn
 from universal import load_synthesizer, train
 from universal.evaluation.networks import EVALUATED_SHAPES, mlp
 from universal.model.synthesizer import fresh_init, save_synthesizer
-from universal.model.writing import Writing
 from universal.reading.graph import ComputationGraph
 from universal.rules import judging
+from universal.rules.trunk import Trunk
 from universal.training import architectures, training
 from universal.training.architectures import ACTIVATIONS, FAMILIES, draw_architecture, parameter_shapes
 from universal.training.blocks import BLOCKS, Maps
@@ -179,7 +179,7 @@ def test_steps_on_the_same_draws_learn_these(state):
 
 def test_what_is_learned_has_a_gradient(state):
     learning = state("--families", *training.LEARNED)
-    synthesizer, families = learning.synthesizer, ["convolutions", "tokens"]
+    synthesizer, families = learning.synthesizer, ["convolutions", "deep"]
     nn.init.ones_(synthesizer.seen.weight)  # zero at first
     nn.init.ones_(synthesizer.writer.patch_share.weight)
     reached = set()
@@ -190,7 +190,7 @@ def test_what_is_learned_has_a_gradient(state):
         names, parameters = zip(*synthesizer.named_parameters(), strict=True)
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         reached |= {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
-    assert set(names) - reached == {"gain_scale", "place_key.weight"}  # which few networks need
+    assert set(names) - reached == {"place_key.weight", "writer.maps.weight"}  # which few networks need
 
 
 def test_a_seed_gives_the_same_training_again_and_another_another(trained, start):
@@ -337,8 +337,7 @@ def test_the_reward_is_that_of_what_the_written_layers_make_of_other_images(synt
     one_hot = F.one_hot(task.train.labels, task.classes).float()
     with torch.no_grad():
         loss, share = training.reward(synthesizer, graph, init, task, 100)
-        probes = synthesizer.probes(task.train.images[:100], one_hot[:100])
-        written = Writing(synthesizer, graph, init, probes).write_up_to(graph.last)
+        written = Trunk(graph, init, task.train.images, one_hot, synthesizer, 100).write_up_to(graph.last)
         assert set(written) == {"0.weight", "0.bias"}
         both = (F.conv2d(part.images, *written.values(), stride=2).relu().flatten(1) for part in task[2:])
         expected = judging.judged(next(both), one_hot, next(both), task.test.labels)
@@ -360,7 +359,7 @@ def test_digits_are_drawn_by_default_or_all_kinds_or_those_that_are_named(tmp_pa
 def test_a_training_begins_with_plain_networks_for_digits_and_ends_with_all(state, monkeypatch):
     learning, seen = state("--steps", 100, "--networks", 8), []
     learning.from_nothing = True
-    monkeypatch.setattr(training, "reward", lambda synthesizer, *_: (synthesizer.gain_scale.exp(), None))
+    monkeypatch.setattr(training, "reward", lambda synthesizer, *_: (synthesizer.image_keys.exp().mean(), None))
     drawn = learning.drawn
     monkeypatch.setattr(learning, "drawn", lambda draw, *given: seen.append(given) or drawn(draw, *given))
     for learning.step in (0, 20, 40):

@@ -24,7 +24,7 @@ from universal.reading.graph import ComputationGraph
 
 SYNTHESIZER = Path(__file__).resolve().parents[1] / "synthesizer.pth"
 MAKER = "python -m universal.train"
-VERSION = 10  # of the files; others are refused
+VERSION = 11  # of the files; others are refused
 LEARNED_CHANNELS = 3  # of inputs, whose keys are learned; what further ones, of tables and signals, are is only random
 
 
@@ -51,9 +51,6 @@ class GraphWeightSynthesizer(nn.Module):
         self.place_key = nn.Linear(FREQUENCIES**2, dimension, bias=False)
         self.key = ConditionedMLP(dimension, dimension, hidden, dimension)
         self.key_norm = nn.Sequential(nn.LayerNorm(dimension), AcrossNeurons())
-        self.place_values = mlp(dimension, hidden, FREQUENCIES**2)
-        self.place_scale = nn.Parameter(torch.zeros(()))
-        self.gain_scale = nn.Parameter(torch.zeros(()))
         self.seen = nn.Linear(dimension, dimension, bias=False)
         nn.init.zeros_(self.seen.weight)
         self.class_responses = nn.Linear(concepts, dimension, bias=False)

@@ -16,12 +16,15 @@ LARGEST_MAP = 2**23  # elements that a layer gives of a chunk
 LARGEST_CHUNK = 1000  # images
 
 
-def chunk_size(graph: ComputationGraph, shape: tuple[int, ...], largest: int = LARGEST_MAP) -> int:
-    """How many images of a shape go through a network at once, so that no layer gives more than `largest` elements."""
+def chunk_size(
+    graph: ComputationGraph, shape: tuple[int, ...], largest: int = LARGEST_MAP, most: int = LARGEST_CHUNK
+) -> int:
+    """How many images of a shape, `most` at most, go through a network at once, so that no layer gives more than
+    `largest` elements."""
     widest = max(
         round(max(layer.resolution, 1) ** (2 if layer.is_convolution else 1)) * layer.shape[0] for layer in graph.layers
     )
-    return max(min(largest // max(widest, torch.Size(shape).numel()), LARGEST_CHUNK), 8)
+    return max(min(largest // max(widest, torch.Size(shape).numel()), most), 8)
 
 
 def features_of(layer: Layer, inputs: Tensor, count: int) -> Tensor | None:

@@ -7,7 +7,6 @@ and the labels. A dense layer is a regression of all images, for which the modul
 import math
 import time
 import warnings
-from collections import ChainMap
 from typing import NamedTuple
 
 import torch
@@ -17,12 +16,9 @@ from torch import Tensor, nn
 from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages, agreed
 from universal.model.balance import balance
 from universal.model.looking import DoubtfulWeights, doubt
-from universal.model.neurons import Order
 from universal.model.sizes import bounded
 from universal.model.synthesizer import GraphWeightSynthesizer, default_synthesizer, random_weights, trunk_end
-from universal.model.writing import NeuronRows, written_norm
-from universal.model.writing import Writing as LearnedWriting
-from universal.reading.calls import Gain, Layer, Norm, Operation, Shift
+from universal.reading.calls import Layer, Operation
 from universal.reading.graph import ComputationGraph
 from universal.rules.activation import Activation
 from universal.rules.classes import classifier
@@ -30,15 +26,14 @@ from universal.rules.dense import dense_layer
 from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order
 from universal.rules.judging import judged
 from universal.rules.numbers import BY_HAND, Numbers
-from universal.rules.windows import PART, Filters, in_parts
+from universal.rules.trunk import Trunk, fingerprint, has_learned
 
 PROBES = 300  # images that the learned layers are written from
 JUDGES = 1500  # images by which it is chosen how layers before dense ones are written
 ALIKE = 0.02  # a share of the loss, within which the learned ones are taken
 LOOKED_AT = 100  # images held out that a written network is looked at with
-FIRST, FIRST_TO_CHOOSE = 600, 1200  # images that all but dense layers are written from; some by what the labels say
+FIRST, FIRST_TO_CHOOSE = 600, 2400  # images that all but dense layers are written from; some by what the labels say
 ENOUGH_TO_PART = 250  # images in each part of what hidden dense layers are made from
-ENOUGH = 2**22  # activations for the statistics of a norm
 ROOM = 2**26  # elements that a layer gives of the images that are written from
 
 
@@ -106,7 +101,7 @@ def write(
         if not own[name].isfinite().all():
             raise ValueError(f"{name}: holds NaN or infinite weights")
     try:
-        ways = (False,) if trunk_end(graph) is graph.layers[0] else (True, False)  # what there is nothing to learn of
+        ways = (True, False) if has_learned(graph) else (False,)
         writing = better([Writing(graph, data, own, synthesizer, numbers, learned) for learned in ways])
         written = writing.write()
     except torch.linalg.LinAlgError as error:
@@ -163,36 +158,30 @@ class Writing:
         self, graph: ComputationGraph, data: LabelledImages, own: dict[str, Tensor],
         synthesizer: GraphWeightSynthesizer, numbers: Numbers, learned: bool,
     ):  # fmt: skip
-        self.graph, self.data, self.own, self.numbers = graph, data, own, numbers
-        self.written: dict[str, Tensor] = {}
-        self.generator = torch.Generator().manual_seed(fingerprint(graph, own))
+        self.graph, self.data, self.numbers, self.tuning = graph, data, numbers, synthesizer.tuning
         chosen = any(layer.pooled or (layer.resolution > 1 and not layer.is_convolution) for layer in graph.layers)
-        first = min(FIRST_TO_CHOOSE if chosen else FIRST, chunk_size(graph, data.shape, ROOM))
-        used = (data.sample.folds != HELD_OUT).nonzero()[:first, 0]
+        used = (data.sample.folds != HELD_OUT).nonzero()[:, 0]
+        first = min(FIRST_TO_CHOOSE, max(2 * FIRST, len(used) - JUDGES)) if chosen else FIRST
+        used = used[: chunk_size(graph, data.shape, ROOM, first)]
+        if learned:
+            generator = torch.Generator().manual_seed(fingerprint(graph, own))
+            used = used[torch.randperm(len(used), generator=generator)]  # others for every init
+        images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
+        one_hot = F.one_hot(labels, len(data.present)).to(images)
+        self.trunk = Trunk(graph, own, images, one_hot, synthesizer if learned else None, PROBES, numbers)
+        self.images, self.weights = self.trunk.images, self.trunk.weights
         self.end, self.trunk_is_written = trunk_end(graph), False
-        if learned:
-            used = used[torch.randperm(len(used), generator=self.generator)]  # others for every init
-            used = used if any(is_ruled(layer) for layer in graph.layers) else used[:PROBES]
-        self.images, labels = in_fastest_order(data.sample.images[used]), data.sample.labels[used]
-        self.one_hot = F.one_hot(labels, len(data.present)).to(self.images)
-        self.filters = Filters(Order(graph, own), self.one_hot, numbers, self.generator)
-        self.means = NeuronRows(graph, torch.zeros(graph.channels))
-        self.learned, self.tuning = None, synthesizer.tuning
-        if learned:
-            probes = synthesizer.probes(self.images[:PROBES], self.one_hot[:PROBES])
-            self.learned = LearnedWriting(synthesizer, graph, own, probes)
-            self.learned.written, self.means = self.written, self.learned.means
         self.features: Features | None = None  # of the last dense layer so far
         self.held_out_percent: float | None = None
 
     def write(self) -> dict[str, Tensor]:
         """Everything that is not written yet; all, by name."""
-        self.graph.write(self.images, self.written, self.write_operation)
-        return self.written
+        self.graph.write(self.images, self.trunk.written, self.write_operation)
+        return self.trunk.written
 
     def write_trunk(self) -> float:
         """What comes before `end`; the cross-entropy of a ridge regression on what it makes of some images."""
-        self.graph.write(self.images, self.written, self.write_operation, self.end)
+        self.graph.write(self.images, self.trunk.written, self.write_operation, self.end)
         self.trunk_is_written = True
         sample = self.data.sample
         some = (sample.folds != HELD_OUT).nonzero()[-JUDGES:, 0]  # the first ones were seen
@@ -212,88 +201,40 @@ class Writing:
         A layer's weight is then spread as the synthesiser's tuning says.
         """
         if operation is self.end:
-            self.learned = None
-            self.trunk_is_written = False
+            self.trunk.learned, self.trunk_is_written = None, False
         if self.trunk_is_written:
             return operation.of(self.weights, inputs)
-        write = self.write_by_rules if self.learned is None else self.write_as_learned
-        outputs = write(operation, inputs)
-        if self.tuning is None or not isinstance(operation, Layer) or operation.weight.frozen:
+        if not isinstance(operation, Layer) or operation.weight.frozen:
+            return self.trunk.write_operation(operation, inputs)
+        if self.trunk.learned is None and features_of(operation, inputs, len(self.images)) is not None:
+            self.features = Features(self.graph, operation, self.data, dict(self.weights), self.features)
+            write = self.of_classes if operation.last else self.dense
+            self.trunk.put(operation, *write(operation, inputs))
+            outputs = operation.of(self.weights, inputs)
+        else:
+            outputs = self.trunk.write_operation(operation, inputs)
+        if self.tuning is None:
             return outputs
         weight, bias = operation.weight, operation.bias
         values = self.tuning.tuned(operation, inputs, weight.of(self.weights), bias and bias.of(self.weights))
-        weight.put(self.written, bounded(values[0]), self.own)
+        weight.put(self.trunk.written, bounded(values[0]), self.trunk.own)
         if bias:
-            bias.put(self.written, bounded(values[1]), self.own)
+            bias.put(self.trunk.written, bounded(values[1]), self.trunk.own)
         return operation.of(self.weights, inputs)
 
-    def write_as_learned(self, operation: Operation, inputs: Tensor) -> Tensor:
-        """By what is learned, from the probes; but where rules know more by these, from all first images."""
-        probes = next(in_parts(inputs, len(self.images), PROBES))[0] if len(self.images) > PROBES else inputs
-        if isinstance(operation, Layer) and is_ruled(operation):
-            weight, bias, means = self.filters.of(operation, inputs)
-            bias = bounded(bias) if operation.bias else None
-            outputs = self.learned.write_layer(operation, probes, (bounded(weight.view(operation.shape)), bias, means))
-        else:
-            outputs = self.learned.write_operation(operation, probes)
-        return outputs if probes is inputs else operation.of(self.weights, inputs)
+    # ---- dense layers: their weights, biases and mean responses
 
-    def write_by_rules(self, operation: Operation, inputs: Tensor) -> Tensor:
-        if isinstance(operation, Layer):
-            self.write_layer(operation, inputs)
-        elif isinstance(operation, Norm) and operation.parts:
-            means = self.means.of(operation.channels).to(inputs)
-            parameters, _ = written_norm(operation, some_of(inputs, len(self.images)), means, self.own)
-            for name, part in operation.parameters.items():
-                part.put(self.written, parameters[name], self.own)
-        elif isinstance(operation, Shift) and operation.parts:
-            values = torch.ones(operation.shape) if isinstance(operation, Gain) else self.places(operation, inputs)
-            operation.part.put(self.written, operation.parameter(values.to(inputs)), self.own)
-        return operation.of(self.weights, inputs)
-
-    @property
-    def weights(self) -> ChainMap:
-        return ChainMap(self.written, self.own)
-
-    def places(self, shift: Shift, inputs: Tensor) -> Tensor:
-        """What is added to activations: nothing, or what tells places apart, as large as the activations."""
-        if shift.places is None:
-            return torch.zeros(shift.shape)
-        random = torch.randn(shift.shape, dtype=torch.float32, generator=self.generator)
-        spread = inputs.movedim(shift.axis, -1).flatten(0, -2).abs().mean(0)  # by which channels are told apart
-        size = inputs.std().cpu() * self.numbers.places
-        return size * random.index_select(shift.axis, spread.argsort().argsort().cpu())
-
-    def write_layer(self, layer: Layer, inputs: Tensor) -> None:
-        read = features_of(layer, inputs, len(self.images))
-        if layer.weight.frozen:
-            weight = layer.weight.of(self.own)
-            bias = -layer(inputs, weight).movedim(layer.axis, -1).flatten(0, -2).mean(0)
-            self.means.add(torch.zeros(layer.shape[0]))
-        elif read is None:
-            weight, bias, means = self.filters.of(layer, inputs)
-            self.means.add(means.cpu())
-        else:
-            self.features = Features(self.graph, layer, self.data, dict(self.weights), self.features)
-            weight, bias = self.of_classes(layer, inputs) if layer.last else self.dense(layer, self.features)
-        layer.weight.put(self.written, bounded(weight.view(layer.shape)), self.own)
-        if layer.bias:
-            layer.bias.put(self.written, bounded(bias), self.own)
-
-    # ---- dense layers
-
-    def dense(self, layer: Layer, features: Features) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a hidden dense layer."""
-        sample = features.sample()
+    def dense(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of a hidden layer."""
+        sample = self.features.sample()
         known, judging = (Chunk(*(values[part] for values in sample)) for part in parts_of(sample.folds))
-        weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.numbers, self.generator)
-        order = self.filters.order.of(layer)
+        weight, bias = dense_layer(layer, known, judging, len(self.data.present), self.numbers, self.trunk.generator)
+        order = self.trunk.order.of(layer)
         weight, bias = weight[order], bias[order]
-        self.means.add(F.linear(sample.features, weight, bias).mean(0).cpu())
-        return weight, bias
+        return weight, bias, F.linear(sample.features, weight, bias).mean(0)
 
-    def of_classes(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the last layer, whose `inputs` are those of the first images."""
+    def of_classes(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the last layer, whose `inputs` are those of the first images."""
         intercept, classes = layer.bias is not None and not layer.bias.frozen, len(self.data.present)
         penalty = 1.0 if self.tuning is None else self.tuning.penalty(layer)
         regression, self.held_out_percent = classifier(self.features, classes, intercept, self.numbers, penalty)
@@ -302,8 +243,7 @@ class Writing:
         weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
         if intercept and layer.activation and Activation(layer).is_flatter_below:  # as where SqueezeNet ends
             bias = bias - layer(inputs, weight.view(layer.shape), bias).min().clamp(max=0)
-        self.means.add(torch.zeros(layer.shape[0]))
-        return weight, bias
+        return weight, bias, torch.zeros_like(bias)
 
 
 def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,25 +253,3 @@ def parts_of(folds: Tensor) -> tuple[Tensor, Tensor]:
     if min(judging.sum(), known.sum()) < ENOUGH_TO_PART:
         known, judging = known | judging, torch.zeros_like(judging)
     return known, judging
-
-
-def some_of(inputs: Tensor, count: int) -> Tensor:
-    """The inputs of as many of `count` images as statistics are taken from."""
-    if inputs.numel() <= ENOUGH or count not in inputs.shape:
-        return inputs
-    return next(in_parts(inputs, count, max(PART, ENOUGH * count // inputs.numel())))[0]
-
-
-def is_ruled(layer: Layer) -> bool:
-    """Whether rules know more of a layer than what was learned: of one of tokens, and of a convolution that is read as
-    means over places alone."""
-    if not layer.is_convolution:
-        return layer.resolution > 1 and not layer.weight.frozen
-    pooled = bool(layer.readers) and all(reader.pooled for reader in layer.readers)
-    return pooled and layer.groups == 1 and not layer.weight.frozen
-
-
-def fingerprint(graph: ComputationGraph, own: dict[str, Tensor]) -> int:
-    """A number that depends on the weights of the layers, but not on the order of their neurons."""
-    bits = (layer.weight.of(own).contiguous().view(torch.int32).long().sum().item() for layer in graph.layers)
-    return sum(bits) % 2**63
