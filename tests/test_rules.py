@@ -677,7 +677,7 @@ def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, mo
     refitted, seen = universal.rules.dense.refitted, []
 
     def recorded(*arguments) -> tuple[Tensor, Tensor]:
-        seen.append(len(arguments[4].labels))
+        seen.append(len(arguments[4]))
         return refitted(*arguments)
 
     monkeypatch.setattr("universal.rules.dense.refitted", recorded)
@@ -686,6 +686,21 @@ def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, mo
     known, judging = synthesis.parts_of(folds)
     assert seen == [(folds != labelled.HELD_OUT).sum()] == [(known | judging).sum()]
     assert judging.any() == parted and not (known & judging).any()
+
+
+def test_neurons_before_pooling_are_refitted_by_their_means_over_places(monkeypatch, by_rules):
+    refitted, seen = windows.refitted, []
+
+    def recorded(weight, bias, activation, features, *arguments):
+        seen.append((tuple(features.shape), tuple(weight.shape)))
+        return refitted(weight, bias, activation, features, *arguments)
+
+    monkeypatch.setattr(windows, "refitted", recorded)
+    network = synthesize(made("global pooling"), *images(), seed=0)
+    assert len(seen) == 1 and seen[0][0][1:] == (25, 72) and seen[0][1] == (24, 72)
+    monkeypatch.setattr(windows, "ENOUGH_TO_REFIT", 10**9)
+    other = synthesize(made("global pooling"), *images(), seed=0)
+    assert len(seen) == 1 and accuracy_percent(network) > accuracy_percent(other) + 1
 
 
 def test_the_statistics_of_norms_are_nearly_the_same_from_some_images(monkeypatch, by_rules, unbalanced):

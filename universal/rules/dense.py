@@ -17,14 +17,14 @@ from universal.reading.calls import Layer
 from universal.rules.activation import Activation
 from universal.rules.features import Chunk
 from universal.rules.filters import first_axes
-from universal.rules.moments import Moments, Solved
+from universal.rules.moments import Moments
 from universal.rules.numbers import Numbers
+from universal.rules.refitting import refitted
 from universal.rules.selection import forward_selection
 
 TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, within bounds
 AMONG = 8  # images of which the nearest makes a pair
 LEAST_SPREAD = 1e-3  # of responses, of what theirs were if the features were independent: below it is rounding
-ROUNDS = 5  # of what each neuron should answer differently
 
 
 class Context(NamedTuple):
@@ -135,10 +135,9 @@ def dense_layer(
     wanted = F.one_hot(judging.labels, classes).to(weight)
     kept = forward_selection(activation(F.linear(judging.features, weight, bias)), wanted, count)
     kept = kept[torch.arange(count, device=kept.device) % len(kept)]
-    return refitted(
-        weight[kept], bias[kept], activation, moments.ridge_of_all(numbers.strength), images, deviation, classes,
-        numbers.damping,
-    )  # fmt: skip
+    solved = moments.ridge_of_all(numbers.strength)
+    rows, one_hot = images.features[:, None], F.one_hot(images.labels, classes).to(deviation)
+    return refitted(weight[kept], bias[kept], activation, rows, one_hot, solved, deviation, numbers.damping)
 
 
 def thresholds(
@@ -186,70 +185,3 @@ def k_means(rows: Tensor, count: int, generator: torch.Generator, rounds: int) -
         numbers = nearest.sum(0)[:, None]
         centres = torch.where(numbers > 0, nearest.T @ rows / numbers.clamp(min=1), centres)
     return centres
-
-
-class ReadOut:
-    """A softmax regression on the neurons of one layer, by a quadratic bound (Böhning 1992): steps of one solved
-    system."""
-
-    def __init__(self, neurons: Tensor, ridge: float = 1e-3):
-        self.mean = neurons.mean(0)
-        self.neurons = neurons - self.mean
-        gram = self.neurons.T @ self.neurons / len(neurons)
-        gram.diagonal().add_(ridge * gram.diagonal().mean() + 1e-12)
-        self.factor = torch.linalg.cholesky(gram)
-
-    def towards(self, errors: Tensor) -> Tensor:
-        return torch.cholesky_solve(self.neurons.T @ errors / len(errors), self.factor)
-
-    def fit(
-        self, one_hot: Tensor, start: tuple[Tensor, Tensor] | None, steps: int = 3
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights [neurons, classes], offsets, and the errors that are left."""
-        weight, offset = start or (4 * self.towards(one_hot - one_hot.mean(0)), torch.zeros_like(one_hot[0]))
-        for _ in range(steps):
-            errors = one_hot - (self.neurons @ weight + offset).softmax(1)
-            weight, offset = weight + 2 * self.towards(errors), offset + 2 * errors.mean(0)
-        return weight, offset, one_hot - (self.neurons @ weight + offset).softmax(1)
-
-
-def refitted(
-    weight: Tensor, bias: Tensor, activation: Activation, solved: Solved, images: Chunk, deviation: Tensor,
-    classes: int, damping: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Neurons moved by ridge regression onto what each should answer differently, given a read-out of them all.
-
-    With their slopes and the read-out held, the changes that are wanted are linear in the weights. A strong ridge keeps
-    them from learning images by heart; a round that does not lower the loss ends it.
-    """
-    rows = images.features / deviation
-    centre = rows.mean(0)
-    rows -= centre
-    centre = centre * deviation
-    one_hot = F.one_hot(images.labels, classes).to(rows)
-
-    def state(weight: Tensor, bias: Tensor, start: tuple[Tensor, Tensor] | None) -> tuple:
-        before = F.linear(images.features, weight, bias)
-        read_out = ReadOut(activation(before))
-        found = read_out.fit(one_hot, start)
-        loss = F.cross_entropy(read_out.neurons @ found[0] + found[1], images.labels).item()
-        return loss, weight, bias, before, found
-
-    now, step = state(weight, bias, None), 2.0
-    for _ in range(ROUNDS):
-        loss, weight, bias, before, (outgoing, offset, errors) = now
-        slope = activation.slope(before)
-        curvature = (slope.T @ slope / len(slope)) * (outgoing @ outgoing.T) / 4
-        curvature.diagonal().add_(damping * curvature.diagonal().mean() + 1e-12)
-        change = torch.cholesky_solve(((errors @ outgoing.T) * slope).T, torch.linalg.cholesky(curvature)).T
-        turn = (solved.regress(rows, change - change.mean(0)) / deviation[:, None]).T
-        shift = change.mean(0) - turn @ centre
-        while step > 0.05:
-            new = state(weight + step * turn, bias + step * shift, (outgoing, offset))
-            if new[0] < loss:
-                break
-            step /= 2
-        else:
-            break
-        now, step = new, 1.5 * step
-    return now[1], now[2]

@@ -24,6 +24,7 @@ class Numbers(NamedTuple):
     means: float = 2.0
     pairs: float = 2.0
     strength: float = 3.0  # of the ridge regression of what each neuron should answer differently
+    pooled_strength: float = 0.5  # likewise, before pooling
     damping: float = 0.1  # of what the neurons of a layer do together
 
 

@@ -12,10 +12,13 @@ from universal.rules.activation import Activation
 from universal.rules.dense import thresholds
 from universal.rules.features import of_images
 from universal.rules.filters import directions, into_stream, pooled_candidates, principal
+from universal.rules.moments import Sums
 from universal.rules.numbers import Numbers
+from universal.rules.refitting import refitted
 from universal.rules.selection import forward_selection
 
 MANY_GROUPS = 8
+ENOUGH_TO_REFIT = 200  # images: fewer would be learned by heart
 PART = 100  # images whose responses to all candidates are looked at together
 PLACES = 5  # along each side of the maps, at which windows are looked at
 MOST_ROWS = 20_000  # of what reaches a layer
@@ -69,7 +72,16 @@ class Filters:
         ])  # fmt: skip
         kept = forward_selection(pooled, self.one_hot, count)
         kept = kept[torch.arange(count, device=kept.device) % len(kept)][self.order.of(layer)]
-        return weight[kept], bias[kept], (some @ weight[kept].T + bias[kept]).mean(0)
+        weight, bias = weight[kept], bias[kept]
+        if len(rows) >= ENOUGH_TO_REFIT:
+            deviation = some.std(0) + numbers.deviation * some.std() + 1e-12
+            sums = Sums()
+            sums.add(rows.flatten(0, 1) / deviation, self.one_hot.repeat_interleave(rows.shape[1], 0))
+            solved = sums.solver(True)(numbers.pooled_strength)
+            weight, bias = refitted(
+                weight, bias, activation, rows, self.one_hot, solved, deviation, numbers.damping
+            )  # fmt: skip
+        return weight, bias, (some @ weight.T + bias).mean(0)
 
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Those of a layer of tokens that no activation follows: queries and keys, which no layer reads and which are
