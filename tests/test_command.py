@@ -116,6 +116,7 @@ def test_without_data_weights_are_written_for_mnist_that_load(own_file):
     )  # fmt: skip
     assert "MNIST/raw: 1,000 images and 10,000 test images of 10 classes: 0, 1, " in output
     assert "Images are 28 x 28, grey, which the network takes, as [1, 28, 28]" in output
+    assert output.index("Writing ") < output.index("Seed 7: wrote")
     accuracies = [float(value) for value in re.findall(r"Accuracy = (\d+\.\d+)% on 10,000 test images", output)]
     assert len(accuracies) == 2
     assert min(accuracies) > 80

@@ -170,6 +170,8 @@ def report(
     network: nn.Module, seed: int, options: argparse.Namespace, images: ImageSet, write_from: Callable, quiet: bool
 ) -> None:
     """Write `network`, of this `seed`, and print what that gave, with the accuracy if it is asked for."""
+    if not quiet and seed == options.seed:
+        print(f"Writing {options.model}: seconds, or minutes where it is large", flush=True)
     start = time.perf_counter()
     with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
         accounts = write_from(network, images.train.to(options.device).loader(), seed=seed)
