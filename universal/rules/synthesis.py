@@ -170,7 +170,7 @@ class Writing:
         one_hot = F.one_hot(labels, len(data.present)).to(images)
         self.trunk = Trunk(graph, own, images, one_hot, synthesizer if learned else None, PROBES, numbers)
         self.images, self.weights = self.trunk.images, self.trunk.weights
-        self.end, self.trunk_is_written = trunk_end(graph), False
+        self.end, self.trunk_is_written, self.is_dense = trunk_end(graph), False, False
         self.features: Features | None = None  # of the last dense layer so far
         self.held_out_percent: float | None = None
 
@@ -201,12 +201,12 @@ class Writing:
         A layer's weight is then spread as the synthesiser's tuning says.
         """
         if operation is self.end:
-            self.trunk.learned, self.trunk_is_written = None, False
+            self.trunk.learned, self.trunk_is_written, self.is_dense = None, False, True
         if self.trunk_is_written:
             return operation.of(self.weights, inputs)
         if not isinstance(operation, Layer) or operation.weight.frozen:
             return self.trunk.write_operation(operation, inputs)
-        if self.trunk.learned is None and features_of(operation, inputs, len(self.images)) is not None:
+        if self.is_dense:
             self.features = Features(self.graph, operation, self.data, dict(self.weights), self.features)
             write = self.of_classes if operation.last else self.dense
             self.trunk.put(operation, *write(operation, inputs))
