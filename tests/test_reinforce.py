@@ -240,7 +240,7 @@ def test_what_is_written_afterwards_makes_up_for_a_tuned_layer(tunable, digits):
 def test_a_norm_is_written_for_what_the_tuned_layer_gives(tunable, digits):
     network = nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3, 2), nn.ReLU(),
                             nn.Flatten(), nn.Linear(144, 10))  # fmt: skip
-    set_offset(tunable.tuning, "evenness", -3.0)
+    set_offset(tunable.tuning, "evenness", -4.0)
     weights_by(tunable, network, digits)
     first, outputs = (part.eval()(digits[:200].images) for part in (network[0], network[:2]))
     spreads = [values.movedim(1, 0).flatten(1).std(1) for values in (first, outputs)]
@@ -639,7 +639,7 @@ def test_a_penalty_is_for_the_last_layer_and_makes_its_weights_smaller(tunable, 
 
 def test_the_gain_is_measured_before_and_after(users, monkeypatch, capsys, tunable, digits):
     with torch.no_grad():
-        tunable.tuning.offsets[-3:, 0] = -3.0  # large weights are alike: nearly ternary
+        tunable.tuning.offsets[-3:, 0] = -2.0  # large weights are alike: nearly ternary
     save_synthesizer(tunable, users / "after.pth")
     monkeypatch.setattr(evaluate, "NETWORKS", ("TargetCNN", "half width"))
     data = DataSet(digits[200:700], digits[700:], digits[:200])

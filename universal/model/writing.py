@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from universal.model.algebra import per_probe
+from universal.model.algebra import per_probe, ridge_regression
 from universal.model.description import cosines_at, description_of
 from universal.model.neurons import Order
 from universal.reading.calls import Layer
@@ -20,6 +20,9 @@ from universal.reading.graph import ComputationGraph
 
 if TYPE_CHECKING:
     from universal.model.synthesizer import GraphWeightSynthesizer
+
+
+MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
 
 
 class Probes(NamedTuple):
@@ -83,18 +86,31 @@ class LearnedLayers:
         if layer.places is not None:
             keys = keys + synthesizer.place_key(cosines_at(layer.places.to(inputs)))
         neurons = synthesizer.neurons(layer, keys, self.order.roles(layer), about)
-        if given is None:
+        if given is None or layer.weight.frozen:
             whole = inputs if len(inputs) == len(self.probes.images) else None
             weight, mean = writer.hidden(layer, whole, keys, neurons, about, self.probes.concepts)
             gain = writer.scalar("gain", about)
-            weight, bias, responses = writer.to_scale(layer, inputs, weight, mean, gain, about)
-            means = gain * mean
-        else:
-            weight, bias, means = given
+            weight, bias, learned = writer.to_scale(layer, inputs, weight, mean, gain, about)
+            new, responses = (weight, bias, gain * mean), learned
+        if given is not None:
+            new, (weight, bias, _) = given, given
             responses = layer(inputs, weight.view(layer.shape), bias if layer.bias else None)
-        seen = synthesizer.seen(seen_by(layer, responses, self.probes))
-        self.keys.add(synthesizer.key_norm(synthesizer.key(neurons, about) + seen))
-        return weight, bias, means, responses
+        seen = synthesizer.seen(seen_by(layer, learned if layer.weight.frozen else responses, self.probes))
+        key = synthesizer.key_norm(synthesizer.key(neurons, about) + seen)
+        if layer.weight.frozen:  # what has no role is like a mixture of what has
+            key = synthesizer.key_norm(mixtures_like(layer, learned, responses) @ key)
+        self.keys.add(key)
+        return *new, responses
+
+
+def mixtures_like(layer: Layer, learned: Tensor, own: Tensor) -> Tensor:
+    """The mixtures of a layer's neurons as `learned` that respond to the probes as its `own`, frozen ones, do,
+    [neurons, neurons]."""
+    rows = [F.relu(responses.movedim(layer.axis, -1).flatten(0, -2)) for responses in (learned, own)]
+    every = -(-len(rows[0]) // MOST_RESPONSES)
+    features, targets = (some[::every] - some.mean(0) for some in rows)
+    features, targets = (some * torch.rsqrt(some.square().mean(0) + 1e-6) for some in (features, targets))
+    return ridge_regression(features, targets, features.new_tensor([0.01]))
 
 
 def seen_by(layer: Layer, responses: Tensor, probes: Probes) -> Tensor:
