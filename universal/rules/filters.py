@@ -6,7 +6,7 @@ from torch import Tensor
 
 from universal.rules.numbers import Numbers
 
-ROUNDS, CLUSTERED = 6, 6000  # of k-means, and the rows that it sees
+ROUNDS = 6  # of k-means
 EXACT = 600  # features of which all principal directions are computed
 CANDIDATES = 3  # for each neuron of which some are chosen
 
@@ -67,7 +67,7 @@ def spherical_k_means(rows: Tensor, count: int, generator: torch.Generator) -> T
     """Directions [count, features] that rows cluster around; short rows are left out."""
     length = rows.norm(dim=1)
     order = torch.randperm(len(rows), generator=generator).to(rows.device)
-    rows = F.normalize(rows[order[(length >= length.median() / 2)[order]]][:CLUSTERED], dim=1)
+    rows = F.normalize(rows[order[(length >= length.median() / 2)[order]]], dim=1)
     numbers = torch.arange(count, device=rows.device)
     centres = rows[numbers % len(rows)]
     for _ in range(ROUNDS):
