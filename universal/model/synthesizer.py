@@ -1,8 +1,7 @@
 """The universal synthesiser: what is learned, over many data sets and architectures, of writing layers.
 
-Design document, sections 4.1.1 and 4.1.3. It writes whatever reads windows of maps, or tokens, and the norms, gains and
-shifts between, from a few labelled images and the network's own random init (`universal.model.writing`). The dense
-layers behind them are written in closed form from all images (`universal.rules`).
+Design document, sections 4.1.1 and 4.1.3. It writes convolutions, from a few labelled images and the network's own
+random init (`universal.model.writing`). All else is written in closed form (`universal.rules`).
 """
 
 import math
@@ -29,7 +28,7 @@ LEARNED_CHANNELS = 3  # of inputs, whose keys are learned; what further ones, of
 
 
 class GraphWeightSynthesizer(nn.Module):
-    """The learned parts, by which `universal.model.writing.Writing` writes the layers of a network.
+    """The learned parts, by which `universal.model.writing.LearnedLayers` writes the layers of a network.
 
     `dimension` is the size of a neuron's embedding, `concepts` how many classes are told apart, `rank` the number of
     mixed position functions in a kernel, `hidden` the width of every MLP; `tunable` gives it the numbers of
