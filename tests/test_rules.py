@@ -24,16 +24,19 @@ import universal.rules.dense
 from target_cnn import load_mnist
 from universal import Accounts, synthesize, write
 from universal.data import labelled
+from universal.evaluation.networks import VisionTransformer
 from universal.experiment.verdict import mean_pairwise_overlap
 from universal.model.balance import FLATTENED
 from universal.model.looking import DoubtfulWeights
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
 from universal.rules import classes, features, selection, synthesis, trunk, windows
+from universal.rules.activation import Activation
 from universal.rules.moments import STRENGTHS, Regression, Sums
 from universal.rules.numbers import Numbers
+from universal.rules.refitting import ReadOut, refitted
 from universal.rules.selection import forward_selection
-from universal.training.blocks import Sum
+from universal.training.blocks import Gate, Sum
 
 SIDE, COUNT = 14, 400
 
@@ -688,6 +691,43 @@ def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, mo
     assert judging.any() == parted and not (known & judging).any()
 
 
+def test_what_several_places_say_is_refitted():
+    torch.manual_seed(0)
+    features = torch.randn(400, 4, 6)  # of which the first place says nothing
+    labels = (features[:, 1:] @ torch.randn(6, 2)).relu().mean(1).argmax(1)
+    one_hot, sums = F.one_hot(labels, 2).float(), Sums()
+    sums.add(features.flatten(0, 1), one_hot.repeat_interleave(4, 0))
+    activation, start = (
+        Activation(ComputationGraph(dense(nn.ReLU()), images()[0][:2]).layers[0]),
+        (torch.randn(4, 6), torch.zeros(4)),
+    )
+
+    def loss(weight: Tensor, bias: Tensor) -> float:
+        read_out = ReadOut(activation(F.linear(features, weight, bias)).mean(1))
+        weight, offset, _ = read_out.fit(one_hot, None)
+        return F.cross_entropy(read_out.neurons @ weight + offset, labels).item()
+
+    found = refitted(*start, activation, features, one_hot, sums.solver(True)(0.5), torch.ones(6), 0.1)
+    assert loss(*found) < 0.8 * loss(*start)
+
+
+def test_nothing_is_learned_of_networks_of_tokens():
+    graph = ComputationGraph(VisionTransformer(8))
+    assert trunk.is_ruled(graph.layers[0]) and not trunk.has_learned(graph)
+    assert trunk.has_learned(ComputationGraph(made("convolutions"), images()[0][:2]))
+
+
+def test_gates_within_convolutions_are_not_dense_layers(monkeypatch, by_rules):
+    dense_layer, seen = synthesis.dense_layer, []
+    monkeypatch.setattr(synthesis, "dense_layer", lambda *given: seen.append(given[0].name) or dense_layer(*given))
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 5, 3), nn.ReLU(), Gate(8, 4), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(12),
+        nn.ReLU(), nn.Linear(12, 10),
+    )  # fmt: skip
+    synthesize(network, *images(), seed=0)
+    assert seen == ["6"]
+
+
 def test_neurons_before_pooling_are_refitted_by_their_means_over_places(monkeypatch, by_rules):
     refitted, seen = windows.refitted, []
 
@@ -698,6 +738,8 @@ def test_neurons_before_pooling_are_refitted_by_their_means_over_places(monkeypa
     monkeypatch.setattr(windows, "refitted", recorded)
     network = synthesize(made("global pooling"), *images(), seed=0)
     assert len(seen) == 1 and seen[0][0][1:] == (25, 72) and seen[0][1] == (24, 72)
+    synthesize(made("global pooling"), *images(count=4000), seed=0)
+    assert seen.pop()[0][0] > 1000  # as many as go through a network at once
     monkeypatch.setattr(windows, "ENOUGH_TO_REFIT", 10**9)
     other = synthesize(made("global pooling"), *images(), seed=0)
     assert len(seen) == 1 and accuracy_percent(network) > accuracy_percent(other) + 1

@@ -21,7 +21,6 @@ from universal.reading.graph import ComputationGraph
 if TYPE_CHECKING:
     from universal.model.synthesizer import GraphWeightSynthesizer
 
-
 MOST_RESPONSES = 2048  # from which the mixtures of neurons are found that frozen ones are like
 
 

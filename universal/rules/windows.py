@@ -78,9 +78,7 @@ class Filters:
             sums = Sums()
             sums.add(rows.flatten(0, 1) / deviation, self.one_hot.repeat_interleave(rows.shape[1], 0))
             solved = sums.solver(True)(numbers.pooled_strength)
-            weight, bias = refitted(
-                weight, bias, activation, rows, self.one_hot, solved, deviation, numbers.damping
-            )  # fmt: skip
+            weight, bias = refitted(weight, bias, activation, rows, self.one_hot, solved, deviation, numbers.damping)
         return weight, bias, (some @ weight.T + bias).mean(0)
 
     def of_tokens(self, layer: Layer, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
