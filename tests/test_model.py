@@ -406,6 +406,13 @@ def test_patches_are_what_a_convolution_reads(convolution, shape):
     assert all((layer.patches(inputs, 100) == patch[:, :, None]).all(3).any(2).all() for patch in some.unbind(2))
 
 
+@pytest.mark.parametrize("count", [3, 1100])
+def test_half_of_the_inner_products_are_computed(count):
+    torch.manual_seed(0)
+    rows = torch.randn(count, 5)
+    torch.testing.assert_close(algebra.gram(rows), rows @ rows.T)
+
+
 def test_regressions_are_the_same_in_either_form():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, 30, 12, dtype=torch.float64, generator=generator)

@@ -691,6 +691,18 @@ def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, mo
     assert judging.any() == parted and not (known & judging).any()
 
 
+def test_rows_of_two_parts_that_are_more_than_features_are_summed():
+    torch.manual_seed(0)
+    features, targets = torch.randn(2, 50, 60).double(), torch.randn(2, 50, 3).double()
+    parts = [Sums(), Sums(), Sums()]
+    for rows, values, part in zip(features, targets, parts, strict=False):
+        part.add(rows, values)
+        parts[2].add(rows, values)
+    solved, wanted = (sums.solver(True)(0.1) for sums in (parts[0].and_those_of(parts[1]), parts[2]))
+    assert parts[0].sums is None and solved.rows is None and solved.factor.shape == (60, 60)
+    torch.testing.assert_close(solved.regression.weight, wanted.regression.weight)
+
+
 def test_what_several_places_say_is_refitted():
     torch.manual_seed(0)
     features = torch.randn(400, 4, 6)  # of which the first place says nothing

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 512  # responses from which the correlations of wider layers are estimated
+BLOCK = 512  # rows of a Gram matrix that are computed at a time
 
 
 class InverseSquareRoot(torch.autograd.Function):
@@ -90,6 +91,18 @@ def unit_responses(weight: Tensor, inputs: Tensor, each: bool = True) -> Tensor:
 def unit_rms(values: Tensor) -> Tensor:
     """Scaled to a root mean square of 1."""
     return values * torch.rsqrt(values.square().mean() + 1e-6)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """The inner products of rows, [n, n]; of many only one half is computed, since torch has no `syrk`."""
+    if len(rows) <= 2 * BLOCK:
+        return rows @ rows.T
+    products = rows.new_empty(len(rows), len(rows))
+    for start in range(0, len(rows), BLOCK):
+        end = start + BLOCK
+        products[start:end, start:] = rows[start:end] @ rows[start:].T
+        products[end:, start:end] = products[start:end, end:].T
+    return products
 
 
 def ridge_regression(features: Tensor, targets: Tensor, ridge: Tensor) -> Tensor:

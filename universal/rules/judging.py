@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from universal.model.algebra import gram
+
 STRENGTHS = (0.01, 0.1, 1.0)  # of the ridge regression, relative to the mean variance
 SHARPNESSES = (1, 2, 4, 8, 16)
 
@@ -15,13 +17,13 @@ def judged(support: Tensor, one_hot: Tensor, query: Tensor, labels: Tensor) -> t
     support, query = (support - mean) / deviation, (query - mean) / deviation
     offset = one_hot.mean(0)
     few = len(support) <= support.shape[1]
-    gram = support @ support.T if few else support.T @ support
+    products = gram(support if few else support.T)
     right = one_hot - offset if few else support.T @ (one_hot - offset)
     size = support.square().sum() / support.shape[1] + 1e-6
-    eye = torch.eye(len(gram)).to(gram)
+    eye = torch.eye(len(products)).to(products)
     best = None
     for strength in STRENGTHS:
-        solved = torch.cholesky_solve(right, torch.linalg.cholesky(gram + strength * size * eye))
+        solved = torch.cholesky_solve(right, torch.linalg.cholesky(products + strength * size * eye))
         logits = (query @ support.T if few else query) @ solved
         for sharpness in SHARPNESSES:
             loss = F.cross_entropy(sharpness * (logits + offset), labels)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from universal.data.labelled import gathered, is_shared
+from universal.model.algebra import gram
 
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)  # relative to the mean variance of a feature
 USUAL = 0.1  # where no image is held out
@@ -67,7 +68,7 @@ class Sums:
     def add_up(self) -> "Sums":
         """Let sums take the place of the rows."""
         for x, t in self.rows:
-            new = (x.T @ x, x.T @ t, x.sum(0), t.sum(0), t.square().sum())
+            new = (gram(x.T), x.T @ t, x.sum(0), t.sum(0), t.square().sum())
             self.sums = (
                 new if self.sums is None else tuple(old.add_(more) for old, more in zip(self.sums, new, strict=True))
             )
@@ -79,8 +80,8 @@ class Sums:
         both.count = self.count + other.count
         if self.sums is None and other.sums is None:
             both.rows = self.rows + other.rows
-        else:
-            both.sums = tuple(map(torch.add, self.add_up().sums, other.add_up().sums))
+            return both if both.count <= both.rows[0][0].shape[1] else both.add_up()
+        both.sums = tuple(map(torch.add, self.add_up().sums, other.add_up().sums))
         return both
 
     def over_processes(self) -> None:
@@ -103,11 +104,11 @@ class Sums:
             x, t = map(torch.cat, zip(*self.rows, strict=True))
             mean_x, mean_t = x.mean(0) * intercept, t.mean(0) * intercept
             x, right = x - mean_x, t - mean_t
-            matrix = x @ x.T
+            matrix = gram(x)
         else:
-            gram, cross, sum_x, sum_t, _ = self.sums
+            products, cross, sum_x, sum_t, _ = self.sums
             mean_x, mean_t = sum_x / self.count * intercept, sum_t / self.count * intercept
-            x, right, matrix = None, cross.addr(mean_x, sum_t, alpha=-1), gram.addr(mean_x, sum_x, alpha=-1)
+            x, right, matrix = None, cross.addr(mean_x, sum_t, alpha=-1), products.addr(mean_x, sum_x, alpha=-1)
         diagonal = matrix.diagonal().clone()
         unit = diagonal.abs().sum() / len(mean_x) + 1e-12  # rounding may leave less than nothing of what is constant
         if not unit.isfinite():
@@ -131,8 +132,8 @@ class Sums:
         weight, bias = regression
         if self.sums is None:
             return sum((regression(x) - t).square().sum().item() for x, t in self.rows) / self.count
-        gram, cross, sum_x, sum_t, squares = self.sums
-        total = ((gram @ weight - 2 * cross) * weight).sum() + squares + self.count * bias.square().sum()
+        products, cross, sum_x, sum_t, squares = self.sums
+        total = ((products @ weight - 2 * cross) * weight).sum() + squares + self.count * bias.square().sum()
         return (total + 2 * bias @ (sum_x @ weight - sum_t)).item() / self.count
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from universal.model.algebra import gram
+
 RIDGE = 1e-3  # below which what is new in a candidate is rounding
 ALIKE = 1e-4  # a share of the gain: of those within it the first is chosen, not the one that rounding says
 ONE_BY_ONE = 128  # neurons; of more, several are chosen at a time
@@ -19,7 +21,7 @@ def forward_selection(activations: Tensor, targets: Tensor, count: int) -> Tenso
     x = activations - activations.mean(0)
     deviation = x.std(0)
     x = x / deviation.clamp(min=LEAST * deviation.mean() + 1e-6)
-    correlations = x.T @ x / len(x)
+    correlations = gram(x.T) / len(x)
     left = x.T @ (targets - targets.mean(0)) / len(x)  # what each says of the targets beyond those that are chosen
     correlations.diagonal().add_(RIDGE)
     variances = correlations.diagonal().clone()

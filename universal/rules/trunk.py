@@ -120,8 +120,9 @@ def norm_parameters(norm: Norm, inputs: Tensor, means: Tensor, weights: dict[str
     frozen = {name: part.of(weights) for name, part in norm.parameters.items() if part.frozen}
 
     def statistics(values: Tensor) -> tuple[Tensor, Tensor]:
-        rows = values.movedim(norm.axis, 0).flatten(1)
-        return rows.mean(1), rows.var(1, correction=0)
+        rows = values.movedim(norm.axis, -1).flatten(0, -2)
+        mean = rows.mean(0)
+        return mean, (rows - mean).square().mean(0)  # `var` takes three times as long
 
     mean, variance = statistics(inputs)
     parameters = {"running_mean": mean, "running_var": variance}
