@@ -1,4 +1,4 @@
-"""A look at what was written: chance, NaN and dead layers give a warning that names the layer."""
+"""A look at what was written: chance, NaN, dead layers and what means lose give a warning that names the layer."""
 
 import sys
 import warnings
@@ -11,7 +11,7 @@ from target_cnn import TargetCNN
 from universal import __main__ as command
 from universal import write
 from universal.evaluation.networks import cnn, mlp
-from universal.model.looking import FEWEST, DoubtfulWeights, doubt
+from universal.model.looking import FEWEST, DoubtfulWeights, doubt, lost
 from universal.reading.graph import ComputationGraph
 
 
@@ -87,6 +87,34 @@ def test_a_network_that_is_written_well_gives_none_and_stays_as_it_is_written(tr
     with warnings.catch_warnings(action="error"):
         write(network, *train_digits[:300], seed=0)
     assert network.training and all(parameter.grad is None for parameter in network.parameters())
+
+
+class Mean(nn.Module):
+    """A layer of tokens, the rows of an image, that its activation tells apart, or does not."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.rows, self.out = nn.Linear(28, width), nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.out(self.rows(x.squeeze(1)).relu().mean(1))
+
+
+def test_what_is_lost_by_averaging_over_places_is_told(train_digits):
+    torch.manual_seed(0)
+    with pytest.warns(DoubtfulWeights, match=r"^\d+ % of the images held out are right, and \d+ % .* what rows gives"):
+        write(Mean(16), *train_digits[:1000], seed=0)
+    network = nn.Sequential(nn.Conv2d(1, 16, 7, 7), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
+    with warnings.catch_warnings(action="error"):  # all places are read
+        write(network, *train_digits[:1000], seed=0)
+
+
+@pytest.mark.parametrize(("right_percent", "is_told"), [(50, True), (85, False), (99, False)])
+def test_only_what_is_clearly_more_is_told(train_digits, right_percent, is_told):
+    torch.manual_seed(0)
+    graph = ComputationGraph(Mean(16))
+    found = lost(graph, tuple(train_digits[:1000]), tuple(train_digits[1000:]), right_percent)
+    assert (found is not None) == is_told
 
 
 def test_the_command_warns_in_one_line(tmp_path, monkeypatch, capsys):

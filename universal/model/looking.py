@@ -1,19 +1,25 @@
-"""A look at what was written: does the network say of images that were held out what it was to say?"""
+"""A look at what was written: does the network say of images that were held out what it was to say, and could?"""
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from universal.model.algebra import per_probe
 from universal.reading.calls import Layer, Operation
 from universal.reading.graph import ComputationGraph
+from universal.rules.features import chunk_size, of_images
+from universal.rules.judging import judged
 
 FEWEST = 20  # images that say whether a network is at chance
+MOST_FEATURES = 4096  # of a layer, from which it is told what it knows
+CLEARLY = 3.0  # points, and two deviations, that a layer must know more than its network
 
 
 class DoubtfulWeights(UserWarning):
-    """What was written is hardly what was wanted: the network is at chance, gives NaN, or has a dead layer."""
+    """What was written is hardly what was wanted: the network is at chance, gives NaN, has a dead layer, or loses
+    much of what its layers know."""
 
 
 @torch.no_grad()
@@ -53,6 +59,50 @@ def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent
     return (
         f"{right_percent:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent class "
         f"is always said: do not rely on these weights; {called(worst)} tells the classes apart least"
+    )
+
+
+@torch.no_grad()
+def lost(
+    graph: ComputationGraph, known: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], right_percent: float
+) -> str | None:  # fmt: skip
+    """What the network of a graph loses by averaging over places, if a ridge regression on what a layer gives at each
+    of them, from `known` images and labels, tells clearly more of those `held_out`; else None.
+
+    There rules are weak, which choose by what means say (tokens, blocks before global pooling), and training gains.
+    """
+    averaged = [
+        layer
+        for layer in graph.layers
+        if layer.resolution > 1
+        and any(reader.pooled or (reader.last and not layer.is_convolution) for reader in layer.readers)
+    ]
+    if not averaged or len(held_out[1]) < FEWEST or right_percent + CLEARLY > 100:
+        return None
+    images, labels = (torch.cat(parts) for parts in zip(known, held_out, strict=True))
+    found: dict[int, list[Tensor]] = {layer.index: [] for layer in averaged}
+    for part in images.split(chunk_size(graph, tuple(images.shape[1:]))):
+
+        def see(operation: Operation, result: Tensor, count: int = len(part)) -> None:
+            if isinstance(operation, Layer) and operation.index in found:
+                features = of_images(result, operation.axis, count).flatten(1)
+                found[operation.index].append(features[:, :: -(-features.shape[1] // MOST_FEATURES)])
+
+        graph.run(part, {}, see=see)
+    count = len(known[1])
+    one_hot = F.one_hot(labels[:count], graph.classes).to(images)
+    told = {}
+    for layer in averaged:
+        features = torch.cat(found[layer.index])
+        if features.isfinite().all():
+            told[layer.name] = 100 * judged(features[:count], one_hot, features[count:], labels[count:])[1].item()
+    name = max(told, key=told.get, default=None)
+    deviation = math.sqrt(right_percent * (100 - right_percent) / len(held_out[1]))
+    if name is None or told[name] < right_percent + max(CLEARLY, 2 * deviation):
+        return None
+    return (
+        f"{right_percent:.0f} % of the images held out are right, and {told[name]:.0f} % by a regression on what "
+        f"{name} gives place by place, of which means are read: train on from these weights"
     )
 
 

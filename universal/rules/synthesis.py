@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages, agreed
 from universal.model.balance import balance
-from universal.model.looking import DoubtfulWeights, doubt
+from universal.model.looking import DoubtfulWeights, doubt, lost
 from universal.model.sizes import bounded
 from universal.model.synthesizer import GraphWeightSynthesizer, default_synthesizer, random_weights, trunk_end
 from universal.reading.calls import Layer, Operation
@@ -32,6 +32,7 @@ PROBES = 300  # images that the learned layers are written from
 JUDGES = 1500  # images by which it is chosen how layers before dense ones are written
 ALIKE = 0.02  # a share of the loss, within which the learned ones are taken
 LOOKED_AT = 100  # images held out that a written network is looked at with
+LOST_OF, LOST_BY = 400, 1000  # those by which it is told what it loses, and others from which its layers know that
 FIRST, FIRST_TO_CHOOSE = 600, 2400  # images that all but dense layers are written from; some by what the labels say
 ENOUGH_TO_PART = 250  # images in each part of what hidden dense layers are made from
 ROOM = 2**26  # elements that a layer gives of the images that are written from
@@ -79,8 +80,9 @@ def write(
     `limit`, so many are used. What is `labelled` for the module may be given in their place. What is random comes from
     the random init that the module has, or with `seed` from a fresh one. `synthesizer` has what is learned, by default
     that of this repository, `numbers` what the rules leave open. Parameters with `requires_grad=False` are kept. Warns
-    of what is no better than chance (DoubtfulWeights). Raises ValueError, in one line, for images, labels or modules
-    that do not go together or cannot be read, and TypeError for what is no module; then nothing is changed.
+    of what is no better than chance, or than its own layers (DoubtfulWeights). Raises ValueError, in one line, for
+    images, labels or modules that do not go together or cannot be read, and TypeError for what is no module; then
+    nothing is changed.
     """
     start = time.perf_counter()
     data = images if isinstance(images, LabelledImages) else labelled(module, images, labels, seed, limit)
@@ -116,9 +118,15 @@ def write(
     for name in graph.written:
         state[name].copy_(written.get(name, torch.ones(())))  # of batches, a norm has seen one
     held_out = (data.sample.folds == HELD_OUT).nonzero()[:, 0]
-    looked_at = held_out[:LOOKED_AT]
     if writing.held_out_percent is not None:
-        doubtful = doubt(graph, data.sample.images[looked_at], data.sample.labels[looked_at], writing.held_out_percent)
+        used = (data.sample.folds != HELD_OUT).nonzero()[:, 0]
+        looked_at, by, of = (
+            tuple(values[part] for values in data.sample[:2])
+            for part in (held_out[:LOOKED_AT], used[:LOST_BY], held_out[:LOST_OF])
+        )
+        doubtful = doubt(graph, *looked_at, writing.held_out_percent)
+        if doubtful is None:
+            doubtful = lost(graph, by, of, writing.held_out_percent)
         if doubtful is not None:
             warnings.warn(doubtful, DoubtfulWeights, stacklevel=3)  # past no_grad
     missing = sorted({*range(graph.classes)} - {*data.present})
