@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import sys
+import tempfile
 import time
 import warnings
 from collections import OrderedDict
@@ -150,8 +151,10 @@ def output_directory(text: str) -> Path:
     """An argparse type: a directory that can be written or made."""
     path = Path(text)
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write to {str(existing)!r}")
+    try:  # permissions do not say it all, of /proc for instance
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write to {str(existing)!r}") from error
     return path
 
 

@@ -451,3 +451,8 @@ script.run_script(script.main)
 def test_outputs_that_cannot_be_written_are_refused_before_work_by_default_too(main, name, option, tmp_path, refusal):
     (tmp_path / name).mkdir(parents=True)
     assert f"argument {option}: '{name}' is a directory" in refusal(main, cwd=tmp_path)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="Linux")
+def test_directories_that_only_seem_to_be_writable_are_refused(refusal):
+    assert "argument --plot: cannot write to '/proc'" in refusal(roads.main, "--plot", "/proc/roads.png")
