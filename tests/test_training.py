@@ -252,7 +252,7 @@ def test_two_processes_train_together(tmp_path, trained, start, monkeypatch, cap
         both = trained("both", *options)
         printed, errors = second.communicate(timeout=60)
     assert second.returncode == 0, errors
-    assert not printed  # one process reports
+    assert not re.sub(r"\[Gloo\] Rank 1 is connected.*\n", "", printed)  # by PyTorch 2.9; one process reports
     reported = capsys.readouterr().out
     assert "processes: 2" in reported
     assert reported.count("Step 2/2") == 1

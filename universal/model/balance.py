@@ -60,11 +60,14 @@ def slopes_of(graph: ComputationGraph, weights: dict[str, Tensor], names: list[s
     """How far each tensor moves the logits, [names]: the root of the summed squares of their derivatives by all its
     elements, in the mean over `images`. Raises RuntimeError if there are none."""
     leaves = {name: weights[name].detach().requires_grad_() for name in names}
+    # Of channels-last inputs whose gradient nobody asks for, GroupNorm's backward pass crashes in PyTorch 2.9.
+    images = images.detach().requires_grad_()
     with torch.enable_grad():
         logits = graph.run(images, weights | leaves, batch_statistics=True)
         # The expected square of a sum of derivatives with random signs is the sum of their squares.
         signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        gradients = torch.autograd.grad((logits * signs.to(logits)).sum(), list(leaves.values()), allow_unused=True)
+        asked = [*leaves.values(), images]
+        *gradients, _ = torch.autograd.grad((logits * signs.to(logits)).sum(), asked, allow_unused=True)
     squares = [0.0 if gradient is None else gradient.double().square().sum().item() for gradient in gradients]
     return (torch.tensor(squares, dtype=torch.float64) / len(images)).sqrt()
 

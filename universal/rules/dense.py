@@ -24,7 +24,7 @@ from universal.rules.selection import forward_selection
 
 TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, within bounds
 AMONG = 8  # images of which the nearest makes a pair
-LEAST_SPREAD = 1e-3  # of responses, of what theirs were if the features were independent: below it is rounding
+LEAST_SPREAD = 1e-2  # of responses, of what theirs were if the features were independent: below it is rounding
 
 
 class Context(NamedTuple):
@@ -145,7 +145,9 @@ def thresholds(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The weight scaled to responses of deviation 1, and biases by which different shares of the images are on."""
     responses = features[:512] @ weight.T
-    apart = (weight.square() @ features[:512].var(0)).sqrt()  # the deviation if the features were independent
+    variances = features[:512].var(0)
+    # The deviation if the features were independent, and none constant.
+    apart = (weight.square() @ (variances + variances.mean())).sqrt()
     scale = responses.std(0) + LEAST_SPREAD * apart + 1e-6 * responses.std() + 1e-12
     least, most = (0.5, 0.5) if activation.is_linear else (numbers.least_on, numbers.most_on)
     on = least + (most - least) * torch.rand(len(weight), dtype=torch.float32, generator=generator).to(weight)
