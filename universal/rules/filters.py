@@ -8,12 +8,13 @@ from universal.rules.numbers import Numbers
 
 ROUNDS = 6  # of k-means
 EXACT = 600  # features of which all principal directions are computed
+CONSTANT = 1e-6  # a share of the largest variance, below which there is none but by rounding
 CANDIDATES = 3  # for each neuron of which some are chosen
 
 
 def principal(rows: Tensor, most: int, whitening: float) -> tuple[Tensor, Tensor]:
-    """Principal directions of rows [n, features], the largest first and `most` at most, [directions, features]; and
-    what whitens along each, with `whitening` times the mean variance added.
+    """Principal directions of rows [n, features] along which these vary, the largest first and `most` at most,
+    [directions, features]; and what whitens along each, with `whitening` times the mean variance added.
     """
     centred = rows - rows.mean(0)
     features = rows.shape[1]
@@ -25,6 +26,7 @@ def principal(rows: Tensor, most: int, whitening: float) -> tuple[Tensor, Tensor
     skew = (centred[: EXACT * 4] @ vectors).pow(3).sum(0)
     vectors = torch.where(skew < 0, -vectors, vectors)  # else it is any of two
     mean = centred.square().sum() / len(centred) / features
+    most = min(most, max(int((variances > CONSTANT * variances[0]).sum()), 1))  # the others are any
     return vectors.T[:most], (variances[:most] + whitening * mean + 1e-12).rsqrt()
 
 
