@@ -51,7 +51,7 @@ def test_a_seed_makes_a_task_again_and_another_seed_another():
 
 
 def test_no_task_has_the_digits_or_fonts_that_are_held_out():
-    images, where = tasks.digits_apart()
+    images, where = tasks.digits()
     everything = load_mnist("train", MNIST)
     assert len(images) == len(everything.labels) - tasks.LAST_DIGITS == sum(map(len, where))
     assert not set(tasks.FONTS) & set(tasks.HELD_OUT_FONTS)

@@ -28,6 +28,7 @@ from universal.rules.trunk import Trunk
 from universal.training import architectures, training
 from universal.training.architectures import ACTIVATIONS, FAMILIES, draw_architecture, parameter_shapes
 from universal.training.blocks import BLOCKS, Maps
+from universal.training.specialist import Gain, conclusion_of
 from universal.training.tasks import KINDS, draw_task
 
 OPTIONS = ["--networks", 1, "--families", "rows", "--tasks", "mnist"]
@@ -354,6 +355,48 @@ def test_digits_are_drawn_by_default_or_all_kinds_or_those_that_are_named(tmp_pa
         options = ["--steps", "2", "--device", "cpu", *(["--tasks", *given] if given else [])]
         monkeypatch.setattr("sys.argv", ["train", *options, "--out", str(tmp_path / "s.pth")])
         assert set(training.Training(train.parse_options(), 0, 1).kinds) == set(kinds)
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A file of small images in colour, of three classes, bright in three places."""
+    labels = torch.arange(3).repeat(60)
+    images = torch.rand(180, 3, 16, 16) / 2
+    for label in range(3):
+        images[labels == label, :, :, 5 * label : 5 * label + 5] += 0.5
+    torch.save({"images": images, "labels": labels}, tmp_path / "own.pt")
+    return tmp_path / "own.pt"
+
+
+def test_a_specialist_learns_from_ones_own_images_and_says_what_it_gains(trained, start, own, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training, "draw_task", lambda *given: drawn.append(draw_task(*given)) or drawn[-1])
+    monkeypatch.setattr(train, "NETWORKS", 1)
+    trained("special", *start, "--data", own, "--steps", 1)
+    learned = [task for task in drawn if task.kind == "own"]
+    assert learned and all(task.classes <= 3 and task.train.images.shape[1] == 3 for task in learned)
+    assert "1 random networks: " in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_specialist_begins_with_the_general_one_and_does_not_replace_it(own, tmp_path, refusal, monkeypatch):
+    assert "would replace synthesizer.pth" in refusal(train.main, "--data", own)
+    monkeypatch.setattr(sys, "argv", ["train", "--data", str(own), "--out", str(tmp_path / "s.pth")])
+    assert train.parse_options().start_from == train.SYNTHESIZER
+
+
+@pytest.mark.parametrize(
+    ("gains", "said"),
+    [
+        (
+            [Gain(90, 92, 10.0, True), Gain(90, 91, 20.0, True)],
+            "takes 15.0 s from the former to the latter: it pays from 7",
+        ),
+        ([Gain(90, 92, 10.0, True), Gain(90, 91, 20.0, False)], "takes at least 15.0 s"),
+        ([Gain(90, 89, 0.0, True), Gain(90, 90, 0.0, True)], "It does not pay"),
+    ],
+)
+def test_a_training_pays_for_itself_where_adam_takes_longer(gains, said):
+    assert said in conclusion_of(gains, seconds=100.0)
 
 
 def test_a_training_begins_with_plain_networks_for_digits_and_ends_with_all(state, monkeypatch):

@@ -8,6 +8,11 @@ labelled images; what a ridge regression on them makes of other images of the sa
 that, trains it (design document, section 4.1.3; regressions within: Bertinetto et al. 2019, arXiv 1805.08136). Killed,
 the same command goes on from its last checkpoint. With --tasks all it learns from other images too.
 
+    python -m universal.train --data pictures/ --out mine.pth
+
+trains on from the general synthesiser to a specialist for networks of one's own images: for some of their classes, or
+unions of them, in any size and contrast. It ends by saying from how many networks on that pays for itself.
+
     torchrun --nproc-per-node=2 -m universal.train
 
 trains on several processes or machines, each with its own data sets and architectures.
@@ -16,10 +21,14 @@ trains on several processes or machines, each with its own data sets and archite
 import argparse
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from scripting import add_training_options, number, option_parser, run_script, run_to_end, start_processes
-from universal.model.synthesizer import MAKER, SYNTHESIZER, save_synthesizer
+from scripting import UserError, add_training_options, number, option_parser, run_script, run_to_end, start_processes
+from universal.data.sources import DATA_HELP
+from universal.data.splits import split_images
+from universal.model.synthesizer import MAKER, SYNTHESIZER, load_synthesizer, save_synthesizer
+from universal.training.specialist import NETWORKS, conclusion_of, gain
 from universal.training.tasks import KINDS
 from universal.training.training import LEARNED, Training
 
@@ -36,14 +45,21 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--families", nargs="+", choices=LEARNED, default=list(LEARNED), help="of networks (default: all)"
     )
+    parser.add_argument("--data", type=Path, help=f"in the place of tasks, {DATA_HELP.rpartition(' (')[0]}")
     add_training_options(parser, report_every=100, checkpoint="universal_training.pth", out=SYNTHESIZER)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.data is not None:
+        if options.out == SYNTHESIZER:
+            raise UserError(f"--data: would replace {SYNTHESIZER.name}, which is for any data: give --out")
+        options.start_from = options.start_from or SYNTHESIZER
+    return options
 
 
 def main() -> None:
     options = parse_options()
     rank, processes = start_processes(options.device)
-    training = Training(options, rank, processes)
+    own = None if options.data is None else split_images(options.data, 0, torch.device("cpu"))
+    training = Training(options, rank, processes, own and own[0])
     if rank == 0:
         parameters = sum(parameter.numel() for parameter in training.synthesizer.parameters())
         print(f"Using device: {options.device}, processes: {processes}")
@@ -59,6 +75,10 @@ def main() -> None:
         options.checkpoint.unlink(missing_ok=True)
         print(f"Trained in {training.seconds / 60:.1f} min")
         print(f"Synthesiser saved to {options.out}", flush=True)
+        if own is not None:
+            before = load_synthesizer(options.start_from)
+            gains = [gain(before, synthesizer, *own, options.seed + place) for place in range(NETWORKS)]
+            print(conclusion_of(gains, training.seconds))
     if processes > 1:
         dist.destroy_process_group()
 

@@ -51,22 +51,31 @@ class Task(NamedTuple):
 # ---- kinds: [N] labels below a number of classes -> images [N, 1 or 3, side, side] within [0, 1] ---------------------
 
 
-@cache
-def digits_apart() -> tuple[Tensor, list[Tensor]]:
-    """Images of digits [N, 1, 28, 28] within [0, 1], and where those of each are."""
-    data = load_mnist("train", MNIST)[:-LAST_DIGITS]
+class Apart(NamedTuple):
+    """Labelled images, by class."""
+
+    images: Tensor  # [N, 1 or 3, height, width], within [0, 1]
+    where: list[Tensor]  # the images of each class
+
+
+def apart(data: Dataset) -> Apart:
     images = data.images - data.images.min()
-    return images / images.max(), [(data.labels == digit).nonzero()[:, 0] for digit in range(10)]
+    return Apart(images / images.max(), [(data.labels == label).nonzero()[:, 0] for label in data.labels.unique()])
 
 
-def digits(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tensor:
-    """Digits, or unions of them, more or less distorted."""
-    images, where = digits_apart()
-    order = draw.sample(range(10), 10)
-    size = draw.randint(1, 10 // classes)
+@cache
+def digits() -> Apart:
+    return apart(load_mnist("train", MNIST)[:-LAST_DIGITS])
+
+
+def of_labelled(draw: random.Random, labels: Tensor, classes: int, side: int, made: Callable[[], Apart]) -> Tensor:
+    """Images of classes that there are, or of unions of them, more or less distorted."""
+    images, where = made()
+    order = draw.sample(range(len(where)), len(where))
+    size = draw.randint(1, len(where) // classes)
     found = labels.new_empty(len(labels))
     for label in range(classes):
-        own = torch.cat([where[digit] for digit in order[label * size : (label + 1) * size]])
+        own = torch.cat([where[each] for each in order[label * size : (label + 1) * size]])
         mine = labels == label
         found[mine] = own[torch.randint(len(own), (int(mine.sum()),))]
     return warped(images[found], side, draw.random() * (draw.random() < 0.5))
@@ -197,15 +206,28 @@ def places(draw: random.Random, labels: Tensor, classes: int, side: int) -> Tens
     )
 
 
-Kind = Callable[[random.Random, Tensor, int, int], Tensor]
-KINDS: dict[str, tuple[float, Kind]] = {
-    "mnist": (3, digits), "glyphs": (3, glyphs), "leaves": (2, leaves), "waves": (0.5, waves),
-    "textures": (1, textures), "places": (1.5, places),
+class Kind(NamedTuple):
+    """One kind of data sets."""
+
+    share: float  # of those that are drawn
+    make: Callable[[random.Random, Tensor, int, int], Tensor]
+    classes: int = 20  # at most
+
+
+KINDS: dict[str, Kind] = {
+    "mnist": Kind(3, partial(of_labelled, made=digits), 10), "glyphs": Kind(3, glyphs), "leaves": Kind(2, leaves),
+    "waves": Kind(0.5, waves), "textures": Kind(1, textures), "places": Kind(1.5, places),
 }  # fmt: skip
-HELD_OUT_KINDS: dict[str, tuple[float, Kind]] = {
-    "held-out glyphs": (1, partial(glyphs, fonts=HELD_OUT_FONTS, scripts=SCRIPTS_OF_HELD_OUT_FONTS)),
-    "outlines": (1, outlines),
+HELD_OUT_KINDS: dict[str, Kind] = {
+    "held-out glyphs": Kind(1, partial(glyphs, fonts=HELD_OUT_FONTS, scripts=SCRIPTS_OF_HELD_OUT_FONTS)),
+    "outlines": Kind(1, outlines),
 }
+
+
+def own_kind(data: Dataset) -> Kind:
+    """That of data sets of some classes of one's own images."""
+    found = apart(data)
+    return Kind(1, partial(of_labelled, made=lambda: found), len(found.where))
 
 
 # ---- what is done to all of them -------------------------------------------------------------------------------------
@@ -253,21 +275,20 @@ def dressed(draw: random.Random, images: Tensor) -> Tensor:
 
 
 def draw_task(
-    draw: random.Random, count: int, held_out: int, kinds: dict[str, tuple[float, Kind]] = KINDS
+    draw: random.Random, count: int, held_out: int, kinds: dict[str, Kind] = KINDS
 ) -> Task:  # fmt: skip
     """A random data set of `count` images and so many `held_out`.
 
     What is random in images comes from the global generator of torch, which is seeded by `draw`.
     """
     torch.manual_seed(draw.getrandbits(60))
-    shares, makers = zip(*kinds.values(), strict=True)
-    ((name, make),) = draw.choices(list(zip(kinds, makers, strict=True)), shares)
-    classes = 10 if draw.random() < 0.4 else draw.randint(2, 10 if name == "mnist" else 20)
+    ((name, kind),) = draw.choices(list(kinds.items()), [kind.share for kind in kinds.values()])
+    classes = min(10, kind.classes) if draw.random() < 0.4 else draw.randint(2, kind.classes)
     side = 28 if draw.random() < 0.4 else 4 * draw.randint(SIDES[0] // 4, SIDES[1] // 4)
     balance = torch.ones(classes) if draw.random() < 0.7 else 0.3 + torch.rand(classes)
     labels = torch.multinomial(balance, count + held_out, replacement=True)
     labels[:classes] = torch.arange(classes)
-    images = dressed(draw, make(draw, labels, classes, side))
+    images = dressed(draw, kind.make(draw, labels, classes, side))
     mean, deviation = images[:count].mean(), images[:count].std() + 1e-3
     images = (images - mean) / deviation
     return Task(name, classes, Dataset(images[:count], labels[:count]), Dataset(images[count:], labels[count:]))

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scripting import UserError
+from target_cnn import Dataset
 from universal.evaluation.networks import EVALUATED_SHAPES
 from universal.model.synthesizer import GraphWeightSynthesizer, fresh_init, load_synthesizer, trunk_end
 from universal.reading.graph import ComputationGraph
@@ -18,7 +19,7 @@ from universal.rules.features import features_of
 from universal.rules.judging import judged
 from universal.rules.trunk import Trunk, has_learned
 from universal.training.architectures import FAMILIES, draw_architecture
-from universal.training.tasks import HELD_OUT_KINDS, KINDS, Task, draw_task
+from universal.training.tasks import HELD_OUT_KINDS, KINDS, Task, draw_task, own_kind
 
 AVERAGE_DECAY = 0.99  # of the exponential moving average
 SUPPORT, QUERY = 192, 128  # images that the last layer is regressed on, and that it is judged by
@@ -44,11 +45,14 @@ def reward(
 
 
 class Training:
-    """The state of a training, for `run_to_end`: everything that a step changes."""
+    """The state of a training, for `run_to_end`: everything that a step changes. With one's `own` images it learns from
+    data sets of these alone."""
 
-    def __init__(self, options: argparse.Namespace, rank: int, processes: int):
+    def __init__(self, options: argparse.Namespace, rank: int, processes: int, own: Dataset | None = None):
         self.options, self.rank, self.processes, self.steps = options, rank, processes, options.steps
         self.kinds = KINDS if "all" in options.tasks else {kind: KINDS[kind] for kind in options.tasks}
+        if own is not None:
+            self.kinds = {"own": own_kind(own)}
         torch.manual_seed(options.seed)
         start, self.from_nothing = options.start_from, options.start_from is None
         self.synthesizer = load_synthesizer(start) if start else GraphWeightSynthesizer()
@@ -152,7 +156,7 @@ class Training:
         """What a training that goes on must share with the one that was interrupted."""
         names = ("seed", "steps", "networks", "lr", "families", "tasks")
         return {name: getattr(self.options, name) for name in names} | {
-            "processes": self.processes, "start_from": str(self.options.start_from),
+            "processes": self.processes, "start_from": str(self.options.start_from), "data": str(self.options.data),
             "synthesizer": self.synthesizer.settings,
         }  # fmt: skip
 
