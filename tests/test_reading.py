@@ -421,6 +421,27 @@ def test_additions_concatenations_and_products_are_followed():
     assert residual.last.sources == {0, 2} and residual.last.depth == 3
 
 
+class Mixer(nn.Module):
+    """A block of a Mixer (Tolstikhin et al. 2021): tokens are mixed, added, and averaged."""
+
+    def __init__(self, first: bool):
+        super().__init__()
+        self.first, self.patches, self.out = first, nn.Conv2d(1, 12, 7, 7), nn.Linear(12, 10)
+        self.mix = Transposed(nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 16)))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)  # [N, tokens, channels]
+        return self.out((x + self.mix(x) if self.first else self.mix(x) + x).mean(1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_mixes_tokens_leaves_them_their_channels(first):
+    graph = ComputationGraph(Mixer(first))
+    patches, last = graph.layers[0], graph.last
+    assert last.pooled and last.channels[:, 0].tolist() == patches.neurons.tolist()
+    assert last.sources == {0, 2}
+
+
 def test_a_product_with_a_parameter_keeps_the_neurons():
     class Scaled(nn.Module):
         def __init__(self):

@@ -57,13 +57,22 @@ class Neurons:
                 return None
         return self._order[above].view(codes.shape)
 
+    def pairs(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of neurons, [n, 2], that codes of one shape are of at the same places; and which pair is where."""
+        count = len(self.codes)
+        both, inverse = (self.numbers(first) * count + self.numbers(second)).unique(return_inverse=True)
+        return torch.stack([both // count, both % count], 1), inverse
+
+    def lie_across(self, first: Tensor, second: Tensor) -> bool:
+        """Whether neurons with these codes, of one shape, lie on different axes: each meets several of the others."""
+        pairs, _ = self.pairs(first, second)
+        return all(numbers.unique(return_counts=True)[1].min() > 1 for numbers in pairs.T)
+
     def summed(self, first: Tensor, second: Tensor) -> Tensor:
         """The codes of the sums of neurons with these codes, of one shape; a sum with none is the other."""
         if torch.equal(first, second):
             return first
-        count = len(self.codes)
-        both, inverse = (self.numbers(first) * count + self.numbers(second)).unique(return_inverse=True)
-        pairs = torch.stack([both // count, both % count], 1)
+        pairs, inverse = self.pairs(first, second)
         codes = self.codes[pairs.amax(1)]
         new = (pairs != 0).all(1) & (pairs[:, 0] != pairs[:, 1])
         if new.any():
@@ -212,8 +221,11 @@ class Follower:
         if broadcast(*(numbers.codes.shape for numbers in inputs), shape) != shape:
             return None
         inputs = [numbers for numbers in inputs if numbers.codes.any()] or inputs  # of others the places say nothing
+        inputs = sorted(inputs, key=lambda numbers: numbers.depth)
         codes, y, x = (tensor.expand(shape) for tensor in inputs[0][:3])
         for other in inputs[1:]:
+            if self.neurons.lie_across(codes, other.codes.expand(shape)):
+                continue  # as what mixes tokens, and is added to them: the mean over tokens is of channels
             codes = self.neurons.summed(codes, other.codes.expand(shape))
             y, x = (y + other.y) / 2, (x + other.x) / 2
         return Numbers(codes, y, x)
