@@ -30,7 +30,7 @@ from universal.model.balance import FLATTENED
 from universal.model.looking import DoubtfulWeights
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
-from universal.rules import classes, features, selection, synthesis, trunk, windows
+from universal.rules import classes, features, filters, selection, synthesis, trunk, windows
 from universal.rules.activation import Activation
 from universal.rules.moments import STRENGTHS, Regression, Sums
 from universal.rules.numbers import Numbers
@@ -689,6 +689,17 @@ def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, mo
     known, judging = synthesis.parts_of(folds)
     assert seen == [(folds != labelled.HELD_OUT).sum()] == [(known | judging).sum()]
     assert judging.any() == parted and not (known & judging).any()
+
+
+def test_what_is_constant_gives_no_direction_and_is_not_scaled_up():
+    torch.manual_seed(0)
+    rows = torch.randn(200, 5)
+    rows[:, 2] = 3
+    vectors, _ = filters.principal(rows, 5, 0.1)
+    assert len(vectors) == 4 and vectors[:, 2].abs().max() < 1e-4
+    activation = Activation(ComputationGraph(dense(nn.ReLU()), images()[0][:2]).layers[0])
+    weight, _ = universal.rules.dense.thresholds(torch.eye(5), rows, activation, Numbers(), torch.Generator())
+    assert 50 < weight[2, 2] < 200 and (weight.diagonal()[[0, 1, 3, 4]] - 1).abs().max() < 0.2
 
 
 def test_rows_of_two_parts_that_are_more_than_features_are_summed():
