@@ -380,6 +380,9 @@ def test_a_specialist_learns_from_ones_own_images_and_says_what_it_gains(trained
 
 def test_a_specialist_begins_with_the_general_one_and_does_not_replace_it(own, tmp_path, refusal, monkeypatch):
     assert "would replace synthesizer.pth" in refusal(train.main, "--data", own)
+    torch.save({"images": torch.zeros(30, 1, 16, 16), "labels": torch.arange(30) % 3}, tmp_path / "black.pt")
+    said = refusal(train.main, "--data", tmp_path / "black.pt", "--out", tmp_path / "s.pth")
+    assert "black.pt: all pixels are of one value" in said
     monkeypatch.setattr(sys, "argv", ["train", "--data", str(own), "--out", str(tmp_path / "s.pth")])
     assert train.parse_options().start_from == train.SYNTHESIZER
 

@@ -65,6 +65,8 @@ class Neurons:
 
     def lie_across(self, first: Tensor, second: Tensor) -> bool:
         """Whether neurons with these codes, of one shape, lie on different axes: each meets several of the others."""
+        if torch.equal(first, second):  # most are
+            return False
         pairs, _ = self.pairs(first, second)
         return all(numbers.unique(return_counts=True)[1].min() > 1 for numbers in pairs.T)
 

@@ -46,12 +46,14 @@ def reward(
 
 class Training:
     """The state of a training, for `run_to_end`: everything that a step changes. With one's `own` images it learns from
-    data sets of these alone."""
+    data sets of these alone. Raises UserError if these are all alike."""
 
     def __init__(self, options: argparse.Namespace, rank: int, processes: int, own: Dataset | None = None):
         self.options, self.rank, self.processes, self.steps = options, rank, processes, options.steps
         self.kinds = KINDS if "all" in options.tasks else {kind: KINDS[kind] for kind in options.tasks}
         if own is not None:
+            if own.images.min() == own.images.max():
+                raise UserError(f"{options.data}: all pixels are of one value: give images that differ")
             self.kinds = {"own": own_kind(own)}
         torch.manual_seed(options.seed)
         start, self.from_nothing = options.start_from, options.start_from is None
