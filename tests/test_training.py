@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
-from universal import load_synthesizer, train
+from universal import load_synthesizer, train, write
 from universal.evaluation.networks import EVALUATED_SHAPES, mlp
 from universal.model.synthesizer import fresh_init, save_synthesizer
 from universal.reading.graph import ComputationGraph
 from universal.rules import judging
 from universal.rules.trunk import Trunk
-from universal.training import architectures, training
+from universal.training import architectures, specialist, training
 from universal.training.architectures import ACTIVATIONS, FAMILIES, draw_architecture, parameter_shapes
 from universal.training.blocks import BLOCKS, Maps
 from universal.training.specialist import Gain, conclusion_of
@@ -385,6 +385,30 @@ def test_a_specialist_begins_with_the_general_one_and_does_not_replace_it(own, t
     assert "black.pt: all pixels are of one value" in said
     monkeypatch.setattr(sys, "argv", ["train", "--data", str(own), "--out", str(tmp_path / "s.pth")])
     assert train.parse_options().start_from == train.SYNTHESIZER
+
+
+def test_a_gain_is_what_adam_needs_at_its_best_rate(monkeypatch, train_digits):
+    class AtRate:
+        def __init__(self, network, train, noted, lr, seed, seconds, most_steps):
+            self.lr, self.curve = lr, [(0.0, 10.0), (9.0, 50.0)]
+
+        def run(self, marks):
+            pass
+
+        def matched(self, accuracy):
+            return None if self.lr == 0.0003 else 1000 * self.lr
+
+    def written(network, *data, synthesizer, **options):
+        if synthesizer == "good":
+            write(network, *data, **options)
+
+    monkeypatch.setattr(specialist, "write", written)
+    monkeypatch.setattr(specialist, "Training", AtRate)
+    found = specialist.gain("none", "good", train_digits[:400], train_digits[400:800], 0)
+    assert found.before < 40 < found.after and found.level and found.seconds == 1
+    monkeypatch.setattr(AtRate, "matched", lambda *_: None)
+    assert specialist.gain("none", "good", train_digits[:400], train_digits[400:800], 0)[2:] == (9, False)
+    assert specialist.gain("good", "none", train_digits[:400], train_digits[400:800], 0)[2:] == (0, True)
 
 
 @pytest.mark.parametrize(
