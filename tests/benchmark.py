@@ -50,8 +50,8 @@ from target_cnn import (  # noqa: E402
     train_with_adam,
 )
 from universal.evaluation.networks import cnn, conv, mlp  # noqa: E402
-from universal.model.looking import DoubtfulWeights  # noqa: E402
 from universal.reading.graph import ComputationGraph, in_fastest_layout  # noqa: E402
+from universal.rules.looking import DoubtfulWeights  # noqa: E402
 from universal.rules.synthesis import write  # noqa: E402
 
 

@@ -11,8 +11,8 @@ from target_cnn import TargetCNN
 from universal import __main__ as command
 from universal import write
 from universal.evaluation.networks import cnn, mlp
-from universal.model.looking import FEWEST, DoubtfulWeights, doubt, lost
 from universal.reading.graph import ComputationGraph
+from universal.rules.looking import FEWEST, DoubtfulWeights, doubt, lost
 
 
 class ByHand(nn.Module):
@@ -105,7 +105,7 @@ def test_what_is_lost_by_averaging_over_places_is_told(train_digits, monkeypatch
     with pytest.warns(DoubtfulWeights, match=r"^\d+ % of the images held out are right, and \d+ % .* what rows gives"):
         write(Mean(16), *train_digits[:1000], seed=0)
     network = nn.Sequential(nn.Conv2d(1, 16, 7, 7), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10))
-    monkeypatch.delattr("universal.model.looking.judged")
+    monkeypatch.delattr("universal.rules.looking.judged")
     with warnings.catch_warnings(action="error"):  # all places are read: nothing is lost, or looked for
         write(network, *train_digits[:1000], seed=0)
 

@@ -27,11 +27,11 @@ from universal.data import labelled
 from universal.evaluation.networks import VisionTransformer
 from universal.experiment.verdict import mean_pairwise_overlap
 from universal.model.balance import FLATTENED
-from universal.model.looking import DoubtfulWeights
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
 from universal.rules import classes, features, filters, selection, synthesis, trunk, windows
 from universal.rules.activation import Activation
+from universal.rules.looking import DoubtfulWeights
 from universal.rules.moments import STRENGTHS, Regression, Sums
 from universal.rules.numbers import Numbers
 from universal.rules.refitting import ReadOut, refitted

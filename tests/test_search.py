@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from universal import search, write
-from universal.model.looking import DoubtfulWeights
 from universal.rules import search as searching
+from universal.rules.looking import DoubtfulWeights
 from universal.rules.numbers import BY_HAND
 
 

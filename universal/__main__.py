@@ -42,9 +42,9 @@ from universal.data.images import ImageSet, load_images
 from universal.data.labelled import FOLDS, MOST_IMAGES
 from universal.data.sources import DATA_HELP
 from universal.evaluation.comparison import accuracy_percent, compare, comparison_table, conclusion
-from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, load_synthesizer
 from universal.reading.refusals import place_of
+from universal.rules.looking import DoubtfulWeights
 from universal.rules.search import search
 from universal.rules.synthesis import Accounts, write
 

@@ -24,11 +24,11 @@ from target_cnn import Dataset, TargetCNN, load_mnist, score, train_with_adam
 from universal.data.splits import shuffled
 from universal.evaluation.clock import RATES, built
 from universal.evaluation.networks import EVALUATED, EVALUATED_SHAPES
-from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import SYNTHESIZER, GraphWeightSynthesizer, load_synthesizer
 from universal.reinforce.candidates import graph_of, written
 from universal.reinforce.reinforcement import MAKER
 from universal.reinforce.rewards import ROUNDINGS, score_after
+from universal.rules.looking import DoubtfulWeights
 from universal.rules.synthesis import write
 from universal.signatures.__main__ import judged
 from universal.signatures.scorer import committed_scorer

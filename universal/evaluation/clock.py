@@ -1,6 +1,7 @@
 """Adam by the clock: where a training stands at each moment, when it matches something, and when it is over."""
 
 import copy
+import math
 import sys
 from collections.abc import Callable, Container
 from itertools import pairwise
@@ -14,6 +15,7 @@ from target_cnn import Dataset, Progress, score, train_with_adam
 BATCH = 128  # images in a step
 RATES = (0.0003, 0.001, 0.003)  # of Adam, of which the best is taken
 FINENESS = 1.25  # from one moment at which accuracy is noted to the next
+EPOCHS, LEAST_STEPS = 3, 300  # that it takes at most; of small sets, three epochs are next to nothing
 GAIN, FEWEST_STEPS = 0.1, 300  # it is over when, after so many steps, half of its time brought fewer points
 
 
@@ -21,6 +23,11 @@ def built(build: Callable[[], nn.Module], seed: int, device: torch.device) -> nn
     """A network with the random init of `seed`."""
     torch.manual_seed(seed)
     return build().to(device)
+
+
+def most_steps(images: int) -> int:
+    """How many steps Adam takes at most on so many images, to be compared with."""
+    return max(EPOCHS * math.ceil(images / BATCH), LEAST_STEPS)
 
 
 class Point(NamedTuple):

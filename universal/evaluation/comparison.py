@@ -1,6 +1,5 @@
 """One written network beside Adam on the same images: accuracy over seconds, until Adam has clearly passed it."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,11 +9,9 @@ from torch import nn
 from scripting import table
 from target_cnn import score
 from universal.data.images import LabelledPixels
-from universal.evaluation.clock import BATCH, RATES, Training, built
+from universal.evaluation.clock import BATCH, RATES, Training, built, most_steps
 from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 
-EPOCHS = 3
-LEAST_STEPS = 300  # of small sets, of which three epochs are next to nothing
 CLEARLY = 0.5  # points ahead, by which a network is passed
 
 
@@ -48,12 +45,12 @@ def compare(
     if len(train) % BATCH == 1:  # a batch of one has no statistics for a norm
         train = train.at(slice(len(train) - 1))
     enough = min(written.accuracy_percent + CLEARLY, 100)
-    most_steps = max(EPOCHS * math.ceil(len(train) / BATCH), LEAST_STEPS)
+    last = most_steps(len(train))
     curves = {}
     for lr in RATES:
         network = fast(built(build, seed, train.labels.device).float(), train)  # steps are lost in half precision
-        training = Training(network, train, scored, lr, seed, seconds, most_steps)
-        training.run({"end": lambda at, curve=training.curve: curve[-1][1] >= enough or at.step >= most_steps})
+        training = Training(network, train, scored, lr, seed, seconds, last)
+        training.run({"end": lambda at, curve=training.curve: curve[-1][1] >= enough or at.step >= last})
         curves[lr] = [Point(*point) for point in training.curve[1:]]
     return Comparison(written, curves)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from target_cnn import Dataset
 from universal.data.labelled import apart
 from universal.evaluation.networks import EVALUATED_SHAPES
-from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 from universal.reinforce.rewards import Reward
+from universal.rules.looking import DoubtfulWeights
 from universal.rules.synthesis import write
 from universal.training.architectures import draw_architecture
 

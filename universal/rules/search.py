@@ -8,8 +8,8 @@ import warnings
 from torch import Tensor, nn
 
 from universal.data.labelled import HELD_OUT, MOST_IMAGES
-from universal.model.looking import DoubtfulWeights
 from universal.model.synthesizer import GraphWeightSynthesizer
+from universal.rules.looking import DoubtfulWeights
 from universal.rules.numbers import BY_HAND, Numbers
 from universal.rules.synthesis import Accounts, labelled, write
 

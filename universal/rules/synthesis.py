@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from universal.data.labelled import HELD_OUT, JUDGING, MOST_IMAGES, LabelledImages, agreed
 from universal.model.balance import balance
-from universal.model.looking import DoubtfulWeights, doubt, lost
 from universal.model.sizes import bounded
 from universal.model.synthesizer import GraphWeightSynthesizer, default_synthesizer, random_weights, trunk_end
 from universal.reading.calls import Layer, Operation
@@ -25,6 +24,7 @@ from universal.rules.classes import classifier
 from universal.rules.dense import dense_layer
 from universal.rules.features import Chunk, Features, chunk_size, features_of, in_fastest_order
 from universal.rules.judging import judged
+from universal.rules.looking import DoubtfulWeights, doubt, lost
 from universal.rules.numbers import BY_HAND, Numbers
 from universal.rules.trunk import Trunk, fingerprint, has_learned
 

@@ -15,14 +15,13 @@ from typing import NamedTuple
 from torch import nn
 
 from target_cnn import Dataset, score
-from universal.evaluation.clock import BATCH, RATES, Training, built
+from universal.evaluation.clock import BATCH, RATES, Training, built, most_steps
 from universal.evaluation.networks import EVALUATED_SHAPES
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.rules.synthesis import write
 from universal.training.architectures import draw_architecture
 
 NETWORKS = 3
-EPOCHS, LEAST_STEPS = 3, 300  # of Adam, at most
 ON_THE_WAY = 2000  # images on which its accuracy is noted
 
 
@@ -58,8 +57,8 @@ def gain(
     found = [score(network, scored).accuracy_percent for network in networks]
     if found[1] <= found[0]:
         return Gain(*found, 0.0, True)
-    most_steps = max(EPOCHS * math.ceil(len(train.labels) / BATCH), LEAST_STEPS)
-    trainings = [Training(copy.deepcopy(networks[0]), train, scored, lr, seed, seconds, most_steps) for lr in RATES]
+    last = most_steps(len(train.labels))
+    trainings = [Training(copy.deepcopy(networks[0]), train, scored, lr, seed, seconds, last) for lr in RATES]
     for each in trainings:
         each.run({"over": lambda at, each=each: each.matched(found[1]) is not None or each.is_over(at)})
     matched = [level for each in trainings if (level := each.matched(found[1])) is not None]
