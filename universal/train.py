@@ -45,7 +45,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--families", nargs="+", choices=LEARNED, default=list(LEARNED), help="of networks (default: all)"
     )
-    parser.add_argument("--data", type=Path, help=f"{DATA_HELP}, in the place of --tasks")
+    parser.add_argument("--data", type=Path, help=f"in the place of --tasks, {DATA_HELP}")
     add_training_options(parser, report_every=100, checkpoint="universal_training.pth", out=SYNTHESIZER)
     options = parser.parse_args()
     if options.data is not None:
