@@ -1130,3 +1130,24 @@ def test_in_learned_networks_rules_write_tokens_and_what_is_read_as_means_over_p
     assert not written
     write(made("MultiheadAttention"), *images(), seed=0)
     assert {*written} == {"attention.in_proj_weight", "attention.out_proj", "up", "down"}
+
+
+class AttentionPooling(nn.Module):
+    """Tokens of rows, of which a learned query makes one: [1, N, width], as attention computes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.query = nn.Linear(SIDE, 16), nn.Parameter(torch.randn(1, 1, 16))
+        self.attention, self.out = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = F.gelu(self.embed(x[:, 0]))
+        return self.out(self.attention(self.query.expand(len(x), -1, -1), x, x)[0][:, 0])
+
+
+def test_one_token_of_each_image_may_lie_on_any_axis():
+    torch.manual_seed(0)
+    network = AttentionPooling()
+    accounts = write(network, *images(), seed=0)
+    assert accounts.left == ["query", "attention.in_proj_weight", "attention.in_proj_bias"]  # in part
+    assert accounts.held_out_percent > 30

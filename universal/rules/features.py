@@ -39,8 +39,8 @@ def features_of(layer: Layer, inputs: Tensor, count: int) -> Tensor | None:
             return layer.mean_patch(inputs)
         patches = layer.patches(inputs, 2)[0]
         return patches[:, 0] if patches.shape[1] == 1 else None
-    if len(inputs) == count and inputs[0].numel() == inputs.shape[-1]:
-        return inputs.flatten(1)
+    if inputs.numel() == count * inputs.shape[-1]:  # the images may lie on any axis
+        return inputs.reshape(count, -1)
     return of_images(inputs, -1, count).mean(1) if layer.last else None
 
 
