@@ -1151,3 +1151,37 @@ def test_one_token_of_each_image_may_lie_on_any_axis():
     accounts = write(network, *images(), seed=0)
     assert accounts.left == ["query", "attention.in_proj_weight", "attention.in_proj_bias"]  # in part
     assert accounts.held_out_percent > 30
+
+
+class Halves(nn.Module):
+    """Two halves of an image, of which one layer makes features that are added up."""
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.out = nn.Linear(SIDE**2 // 2, 24), nn.Linear(24, 10)
+
+    def forward(self, x):
+        return self.out(sum(self.part(half.flatten(1)).relu() for half in x.chunk(2, 3)))
+
+
+class Loop(nn.Module):
+    """A convolution that is passed twice, before global pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.out = nn.Conv2d(1, 16, 3, 2), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for _ in range(2):
+            x = self.inner(x).relu() + x
+        return self.out(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("build", [Halves, Loop])
+def test_what_comes_after_a_layer_of_several_uses_reads_all_of_them(build):
+    torch.manual_seed(0)
+    network, (inputs, labels) = build(), images()
+    accounts = write(network, inputs, labels, seed=0)
+    right_percent = 100 * (network(inputs).argmax(1) == labels).double().mean().item()
+    assert right_percent > accounts.held_out_percent > 60  # most of them were seen

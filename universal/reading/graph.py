@@ -152,13 +152,13 @@ class ComputationGraph:
         own = self._own(images, but=weights) | weights
         shapes = {name: tensor.to("meta") for name, tensor in own.items()} if given else own
         device = images.device
-        images = images.to("meta") if given else images
+        images, left = images.to("meta") if given else images, [given] if given else []
 
         def compute(operation: Operation, inputs: Tensor) -> Tensor:
             if operation is layer:
                 raise Reached(inputs)
-            if given and operation is given[0] and inputs.is_meta:
-                return given[1]
+            if left and operation is given[0] and inputs.is_meta:
+                return left.pop()[1]  # its second use is of other inputs
             return operation.of(shapes if inputs.is_meta else own, inputs)
 
         try:

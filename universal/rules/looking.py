@@ -82,13 +82,16 @@ def lost(
     images, labels = (torch.cat(parts) for parts in zip(known, held_out, strict=True))
     found: dict[int, list[Tensor]] = {layer.index: [] for layer in averaged}
     for part in images.split(chunk_size(graph, tuple(images.shape[1:]))):
+        outputs: dict[int, Tensor] = {}
 
-        def see(operation: Operation, result: Tensor, count: int = len(part)) -> None:
+        def see(operation: Operation, result: Tensor, outputs: dict[int, Tensor] = outputs) -> None:
             if isinstance(operation, Layer) and operation.index in found:
-                features = of_images(result, operation.axis, count).flatten(1)
-                found[operation.index].append(features[:, :: -(-features.shape[1] // MOST_FEATURES)])
+                outputs[operation.index] = result  # of its last use
 
         graph.run(part, {}, see=see)
+        for layer in averaged:
+            features = of_images(outputs[layer.index], layer.axis, len(part)).flatten(1)
+            found[layer.index].append(features[:, :: -(-features.shape[1] // MOST_FEATURES)])
     count = len(known[1])
     one_hot = F.one_hot(labels[:count], graph.classes).to(images)
     told = {}
