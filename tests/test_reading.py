@@ -813,7 +813,17 @@ class TwoHeads(nn.Module):
         self.one, self.two = nn.Linear(784, 10), nn.Linear(784, 10)
 
     def forward(self, x):
-        return self.one(x.flatten(1)) + self.two(x.flatten(1))
+        return self.one(x.flatten(1)) * self.two(x.flatten(1))
+
+
+class HeadThatReadsAnother(TwoHeads):
+    def __init__(self):
+        super().__init__()
+        self.two = nn.Linear(10, 10)
+
+    def forward(self, x):
+        x = self.one(x.flatten(1))
+        return x + self.two(x.relu())
 
 
 class Pair(TwoHeads):
@@ -862,7 +872,8 @@ def weight_normed(norm) -> nn.Module:
         (lambda: flat(nn.ConvTranspose2d(1, 2, 3), features=1800), "^conv_transpose2d is not supported"),
         (lambda: weight_normed(nn.utils.parametrizations.weight_norm), r"computed from 1\.parametrizations\.weight"),
         (lambda: weight_normed(nn.utils.parametrizations.spectral_norm), r"computed from 1\.parametrizations\.weight"),
-        (TwoHeads, "the output must be that of one layer"),
+        (TwoHeads, "the output must be that of one layer.* it is of mul"),
+        (HeadThatReadsAnother, "a sum of such that do not read each other; it is of add"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, None, 2, 1)), "takes kernel again, in another way"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, own.bias, padding=1)), "takes kernel again"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel.mT, padding=1)), "takes kernel again"),

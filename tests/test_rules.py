@@ -1153,6 +1153,46 @@ def test_one_token_of_each_image_may_lie_on_any_axis():
     assert accounts.held_out_percent > 30
 
 
+class Heads(nn.Module):
+    """Branches whose outputs are added up, or averaged: one reads pixels, and the others, of which there may be one for
+    both, what is left and what is right."""
+
+    def __init__(self, combine=sum, shared: bool = False):
+        super().__init__()
+        self.combine, self.shared = combine, shared
+        self.pixels, self.left, self.right = nn.Linear(SIDE**2, 10), nn.Conv2d(1, 8, 3, 2), nn.Conv2d(1, 8, 3, 2)
+        self.of_left, self.of_right = nn.Linear(8 * 36, 10), nn.Linear(8 * 36, 10)
+
+    def forward(self, x):
+        left, right = self.left(x).relu().flatten(1), self.right(x.flip(-1)).relu().flatten(1)
+        if self.shared:
+            return self.of_left(left) + self.of_left(right)
+        return self.combine([self.pixels(x.flatten(1)), self.of_left(left), self.of_right(right)])
+
+
+@pytest.mark.parametrize("share", [1 / 3, 1.0])
+def test_heads_that_are_added_up_or_averaged_are_written_each(share):
+    torch.manual_seed(0)
+    network = Heads(lambda heads: (sum(heads) / (3 * share)).log_softmax(1))
+    inputs, labels = images()
+    accounts = write(network, inputs, labels, seed=0)
+    assert not accounts.left
+    assert accounts.held_out_percent > 70
+    one_by_one = []
+    network.combine = lambda heads: one_by_one.extend(heads) or heads[0]
+    network(inputs)
+    assert all((head.argmax(1) == labels).double().mean() > 0.8 for head in one_by_one)
+    logits = sum(one_by_one) / (3 * share)
+    assert F.cross_entropy(logits, labels) < 0.5  # as sure as one head
+    assert logits.log_softmax(1).amax(1).exp().mean() < 0.99
+
+
+def test_a_head_that_is_used_twice_and_foretells_more_than_comes_true_is_warned_of():
+    torch.manual_seed(0)
+    with pytest.warns(DoubtfulWeights, match="of_left, used 2 times and written for its first inputs alone"):
+        write(Heads(shared=True), *images(), seed=0)
+
+
 class Halves(nn.Module):
     """Two halves of an image, of which one layer makes features that are added up."""
 

@@ -151,8 +151,9 @@ def new_statistics(
 
 
 def flattened(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` with those of the last layer, and what is added to its outputs, FLATTENED."""
-    parts = [*graph.last.parts, *(part for shift in graph.shifts if shift.of_last for part in shift.parts)]
+    """`weights` with those of the last layers, and what is added to its outputs, FLATTENED."""
+    operations = [*graph.heads, *(shift for shift in graph.shifts if shift.of_last)]
+    parts = [part for operation in operations for part in operation.parts]
     return weights | {part.name: FLATTENED * weights[part.name] for part in parts}
 
 

@@ -78,9 +78,9 @@ class GraphWeightSynthesizer(nn.Module):
 def trunk_end(graph: ComputationGraph) -> Layer:
     """The first layer behind all that read windows of maps or tokens: it reads one vector of each image, or is the
     last."""
-    hidden = [layer for layer in graph.layers if not layer.last]
-    behind = max((place + 1 for place, layer in enumerate(hidden) if layer.resolution > 1), default=0)
-    return [*hidden, graph.last][behind]
+    of_maps = (place for place, layer in enumerate(graph.layers) if layer.resolution > 1 and not layer.last)
+    behind = graph.layers[max(of_maps, default=-1) + 1 :]
+    return behind[0] if behind else graph.last
 
 
 def random_weights(graph: ComputationGraph, seed: int) -> dict[str, Tensor]:

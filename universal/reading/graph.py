@@ -66,8 +66,10 @@ class ComputationGraph:
                 if self._is_repeated():
                     break
         found = reading.inventory
-        self.layers, self.norms, self.shifts, self.last = found.layers, found.norms, found.shifts, reading.last
-        self.neurons, self.classes = reading.follower.neurons, reading.last.shape[0]
+        self.layers, self.norms, self.shifts = found.layers, found.norms, found.shifts
+        self.heads, self.share = reading.heads, reading.share
+        self.last = max(self.heads, key=lambda head: head.depth)
+        self.neurons, self.classes = reading.follower.neurons, self.last.shape[0]
         self.channels = reading.channels
         counters = (f"{norm.name}.num_batches_tracked" for norm in self.norms if norm.parts)
         self.counters = [name for name in counters if name in self.state()]

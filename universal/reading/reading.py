@@ -1,6 +1,6 @@
 """What a forward pass shows of a module: its layers, norms, gains and shifts, and which neurons each reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -57,6 +57,7 @@ class Inventory:
     def __init__(self, follower: Follower):
         self.follower, self.curves = follower, Curves()
         self.layers: list[Layer] = []
+        self.outputs: list[Tensor] = []  # of each layer, where it is first used
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
 
@@ -137,6 +138,7 @@ class Inventory:
         )  # fmt: skip
         neurons.add(layer.shape[0], layer=layer.index)
         self.layers.append(layer)
+        self.outputs.append(result.clone())  # which may be changed in place
         return layer
 
     def shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
@@ -186,9 +188,16 @@ class Inventory:
         self.follower.number(result, numbers)
         return norm
 
-    def keep_what_reaches(self, last: Layer) -> None:
+    def heads(self, neurons: Tensor) -> list[Layer]:
+        """The layer whose outputs neurons of these numbers are, or the layers whose outputs' sums they are."""
+        own = [layer for layer in self.layers if torch.equal(layer.neurons, neurons)]
+        pairs = None if own else self.follower.neurons.summands(neurons)
+        parts = [] if pairs is None else [self.heads(part) for part in pairs.T]
+        return own or ([head for part in parts for head in part] if all(parts) else [])
+
+    def keep_what_reaches(self, heads: list[Layer]) -> None:
         """Leave out layers on side ways, such as those that say where an image is looked at: they stay as they are."""
-        reached = reaching(last, self.layers)
+        reached = reaching([head.index for head in heads], self.layers)
         for layer in self.layers:
             layer.readers = [reader for reader in layer.readers if reader.index in reached]
         self.layers = [layer for layer in self.layers if layer.index in reached]
@@ -206,7 +215,8 @@ class Reading(CallMode):
         super().__init__(self.call, self.follow)
         self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
         self.steps: list[Step] = []
-        self.last: Layer | None = None
+        self.heads: list[Layer] = []
+        self.share = 1.0  # what each is multiplied by, so that the classes are their mean
 
     def start(
         self, inputs: Tensor, format: InputFormat, axes: str, parameters: dict[str, Tensor],
@@ -347,19 +357,28 @@ class Reading(CallMode):
             raise Refused(f"{name}: its output{made and f', of {made},'} cannot be followed back to what it is given")
         found = self.follower.neurons.numbers(numbers.codes[0])
         inventory = self.inventory
-        for layer in inventory.layers:
-            if torch.equal(found, layer.neurons):
-                layer.last, self.last = True, layer
-        if self.last is None:
+        self.heads = inventory.heads(found)
+        count = len(self.heads)
+        if count > 1:
+            total, shares = sum(inventory.outputs[head.index] for head in self.heads), (1 / count, 1.0)
+            same = [share for share in shares if says_the_same(logits, total / (count * share))]
+            read = set().union(*(reaching(head.sources - {-1}, inventory.layers) for head in self.heads))
+            if same and not read & {head.index for head in self.heads}:
+                self.share = same[0]
+            else:
+                self.heads = []
+        if not self.heads:
             made = self.makers.get(id(logits), "")
             raise Refused(
-                f"{name}: the output must be that of one layer, the classes, averaged and scaled at most"
-                f"{made and f'; it is of {made}'}"
+                f"{name}: the output must be that of one layer, the classes, averaged and scaled at most, or a sum of "
+                f"such that do not read each other{made and f'; it is of {made}'}"
             )
+        for head in self.heads:
+            head.last = True
         inventory.note_activations(inventory.curves.of(logits))
         for call in (*inventory.norms, *inventory.shifts):
             call.of_last = bool(torch.isin(call.channels, found).any())
-        inventory.keep_what_reaches(self.last)
+        inventory.keep_what_reaches(self.heads)
         kept = {id(call) for call in inventory.all}
         self.steps = [step if id(step.found) in kept else step._replace(found=None) for step in self.steps]
 
@@ -377,9 +396,18 @@ def bias_apart(kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Ten
     return outputs + (bias if kind.axis == -1 else bias.view(-1, *[1] * (outputs.dim() - 2)))
 
 
-def reaching(last: Layer, layers: list[Layer]) -> set[int]:
-    """The indices of the layers whose outputs reach the layer `last`, itself among them, and -1 for the images."""
-    reached, ahead = {-1}, {last.index}
+def says_the_same(output: Tensor, logits: Tensor) -> bool:
+    """Whether an output is these logits, or their log-softmax."""
+    return any(
+        output.shape == each.shape and torch.allclose(output, each, rtol=1e-4, atol=1e-6)
+        for each in (logits, logits.log_softmax(-1))
+    )
+
+
+def reaching(ends: Iterable[int], layers: list[Layer]) -> set[int]:
+    """The indices of the layers whose outputs reach those of these indices, themselves among them, and -1 for the
+    images."""
+    reached, ahead = {-1}, set(ends)
     while ahead:
         index = ahead.pop()
         reached.add(index)

@@ -21,8 +21,9 @@ NONE = -1  # no fold
 
 def classifier(
     features: Features, classes: int, intercept: bool, numbers: Numbers, penalty: float = 1.0
-) -> tuple[Regression, float | None]:
-    """What maps features to logits; and the accuracy in percent on the images held out of one that did not see them.
+) -> tuple[Regression, Tensor | None]:
+    """What maps features to logits; and the logits of those of the sample that are held out, of one that did not see
+    them, or None if there are none.
 
     It is regressed with so many times the penalty that is found to be best.
 
@@ -38,7 +39,7 @@ def classifier(
     chunks, are_shares = features.in_memory(sample)
     held = sample.folds == HELD_OUT
     x, labels = (sample.features[held] - mean) / deviation, sample.labels[held]
-    sharpness, accuracy, used = USUAL_SHARPNESS, None, None
+    sharpness, logits, used = USUAL_SHARPNESS, None, None
     if len(labels):
         ridges = [Regression(*(sharpness * values for values in solved.regression)) for sharpness in SHARPNESSES]
         losses = [F.cross_entropy(regression(x), labels).item() for regression in ridges]
@@ -52,7 +53,7 @@ def classifier(
                 least, found, used = loss, start, decay
             elif used is not None:
                 break
-        accuracy = 100 * (found(x).argmax(1) == labels).double().mean().item()
+        logits = found(x)
     solved = moments.ridge_of_all(penalty * strength, intercept)
     found = Regression(*(sharpness * values for values in solved.regression))
     if used is not None:  # from there, for what rounding does grows along the decays
@@ -60,7 +61,7 @@ def classifier(
             found, solved, chunks, are_shares, mean, deviation, intercept, NONE, penalty * used, ITERATIONS
         )
     weight = found.weight / deviation[:, None]
-    return Regression(weight, found.bias - mean @ weight), accuracy
+    return Regression(weight, found.bias - mean @ weight), logits
 
 
 def logistic(

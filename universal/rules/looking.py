@@ -27,7 +27,8 @@ def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent
     """What is wrong with the network of a graph, as labelled images show, with the layer where it is; else None.
 
     The network runs as it is, so what its forward pass makes of the written weights shows as well. `right_percent` is
-    its accuracy on images that it has not seen; no better than to say always what most of them are is chance.
+    what its last layer's features foretell of images that it has not seen; no better than to say always what most of
+    them are is chance, and it is to get right as many of these.
     """
     outputs: dict[int, Tensor] = {}
     uses: dict[int, int] = {}
@@ -41,7 +42,7 @@ def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent
         often = uses[layer.index]
         return layer.name + (f", used {often} times and written for its first inputs alone" if often > 1 else "")
 
-    graph.run(images, {}, see=see)
+    right = 100 * (graph.run(images, {}, see=see).argmax(1) == labels).double().mean().item()
     for layer in graph.layers:
         if not outputs[layer.index].isfinite().all():
             return f"{called(layer)}: gives NaN or infinite values of the images"
@@ -49,16 +50,18 @@ def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent
             return f"{called(layer)}: is dead: it lets nothing pass of any of the images"
     guessed = 100 * labels.bincount().max().item() / len(labels)
     clearly_more = guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels))
-    if len(labels) < FEWEST or right_percent > min(clearly_more, (guessed + 100) / 2):
+    foretold = right_percent - max(CLEARLY, 3 * math.sqrt(right_percent * (100 - right_percent) / len(labels)))
+    if len(labels) < FEWEST or (right_percent > min(clearly_more, (guessed + 100) / 2) and right > foretold):
         return None
     # What is used again comes first: of all others, what tells the classes apart least.
     worst = min(
         graph.layers,
         key=lambda layer: (-uses[layer.index], separation(layer, outputs[layer.index], labels)),
     )
+    right = min(right, right_percent)
     return (
-        f"{right_percent:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent class "
-        f"is always said: do not rely on these weights; {called(worst)} tells the classes apart least"
+        f"{right:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent class is "
+        f"always said: do not rely on these weights; {called(worst)} tells the classes apart least"
     )
 
 

@@ -120,9 +120,9 @@ def write(
     held_out = (data.sample.folds == HELD_OUT).nonzero()[:, 0]
     if writing.held_out_percent is not None:
         used = (data.sample.folds != HELD_OUT).nonzero()[:, 0]
+        images, labels = data.sample.images, torch.tensor(data.present, device=device)[data.sample.labels]
         looked_at, by, of = (
-            tuple(values[part] for values in data.sample[:2])
-            for part in (held_out[:LOOKED_AT], used[:LOST_BY], held_out[:LOST_OF])
+            (images[part], labels[part]) for part in (held_out[:LOOKED_AT], used[:LOST_BY], held_out[:LOST_OF])
         )
         doubtful = doubt(graph, *looked_at, writing.held_out_percent)
         if doubtful is None:
@@ -180,6 +180,7 @@ class Writing:
         self.images, self.weights = self.trunk.images, self.trunk.weights
         self.end, self.trunk_is_written, self.is_dense = trunk_end(graph), False, False
         self.features: Features | None = None  # of the last dense layer so far
+        self.logits: Tensor | float = 0.0  # of the images held out
         self.held_out_percent: float | None = None
 
     def write(self) -> dict[str, Tensor]:
@@ -214,7 +215,7 @@ class Writing:
             return operation.of(self.weights, inputs)
         if not isinstance(operation, Layer) or operation.weight.frozen:
             return self.trunk.write_operation(operation, inputs)
-        if self.is_dense:
+        if operation.last or (self.is_dense and operation.resolution <= 1):
             self.features = Features(self.graph, operation, self.data, dict(self.weights), self.features)
             write = self.of_classes if operation.last else self.dense
             self.trunk.put(operation, *write(operation, inputs))
@@ -242,13 +243,19 @@ class Writing:
         return weight, bias, F.linear(sample.features, weight, bias).mean(0)
 
     def of_classes(self, layer: Layer, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of the last layer, whose `inputs` are those of the first images."""
+        """Those of the last layer, or of one whose outputs add up to the classes, each by itself; its `inputs` are
+        those of the first images."""
         intercept, classes = layer.bias is not None and not layer.bias.frozen, len(self.data.present)
         penalty = 1.0 if self.tuning is None else self.tuning.penalty(layer)
-        regression, self.held_out_percent = classifier(self.features, classes, intercept, self.numbers, penalty)
+        regression, logits = classifier(self.features, classes, intercept, self.numbers, penalty)
+        if logits is not None:
+            self.logits = self.logits + logits
+            labels = self.data.sample.labels[self.data.sample.folds == HELD_OUT]
+            self.held_out_percent = 100 * (self.logits.argmax(1) == labels).double().mean().item()
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
-        weight.view(layer.shape[0], -1)[present], bias[present] = regression.weight.T, regression.bias
+        weight.view(layer.shape[0], -1)[present] = self.graph.share * regression.weight.T
+        bias[present] = self.graph.share * regression.bias
         if intercept and layer.activation and Activation(layer).is_flatter_below:  # as where SqueezeNet ends
             bias = bias - layer(inputs, weight.view(layer.shape), bias).min().clamp(max=0)
         return weight, bias, torch.zeros_like(bias)
