@@ -27,6 +27,7 @@ from universal.data import labelled
 from universal.evaluation.networks import VisionTransformer
 from universal.experiment.verdict import mean_pairwise_overlap
 from universal.model.balance import FLATTENED
+from universal.model.synthesizer import trunk_end
 from universal.reading.calls import Layer
 from universal.reading.graph import ComputationGraph
 from universal.rules import classes, features, filters, selection, synthesis, trunk, windows
@@ -1164,10 +1165,11 @@ class Heads(nn.Module):
         self.of_left, self.of_right = nn.Linear(8 * 36, 10), nn.Linear(8 * 36, 10)
 
     def forward(self, x):
-        left, right = self.left(x).relu().flatten(1), self.right(x.flip(-1)).relu().flatten(1)
-        if self.shared:
-            return self.of_left(left) + self.of_left(right)
-        return self.combine([self.pixels(x.flatten(1)), self.of_left(left), self.of_right(right)])
+        of_right = self.of_left if self.shared else self.of_right
+        pixels = self.pixels(x.flatten(1))  # before any convolution
+        left = self.of_left(self.left(x).relu().flatten(1))
+        right = of_right(self.right(-x.flip(-1)).relu().flatten(1))
+        return left + 3 * right if self.shared else self.combine([pixels, left, right])
 
 
 @pytest.mark.parametrize("share", [1 / 3, 1.0])
@@ -1185,6 +1187,21 @@ def test_heads_that_are_added_up_or_averaged_are_written_each(share):
     logits = sum(one_by_one) / (3 * share)
     assert F.cross_entropy(logits, labels) < 0.5  # as sure as one head
     assert logits.log_softmax(1).amax(1).exp().mean() < 0.99
+
+
+def test_a_branch_after_the_head_of_another_is_written_as_that_is():
+    class Ensemble(nn.Module):
+        def __init__(self):
+            super().__init__()
+            branches = (convolutional(nn.ReLU()) for _ in range(2))
+            self.branches = nn.ModuleList(branches)
+
+        def forward(self, x):
+            return sum(branch(x) for branch in self.branches) / 2
+
+    graph = ComputationGraph(Ensemble(), images()[0][:2])
+    assert graph.share == 1.0
+    assert trunk_end(graph).name == "branches.1.6"  # the dense layer behind the last convolution
 
 
 def test_a_head_that_is_used_twice_and_foretells_more_than_comes_true_is_warned_of():

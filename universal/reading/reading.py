@@ -57,7 +57,7 @@ class Inventory:
     def __init__(self, follower: Follower):
         self.follower, self.curves = follower, Curves()
         self.layers: list[Layer] = []
-        self.outputs: list[Tensor] = []  # of each layer, where it is first used
+        self.vectors: dict[int, Tensor] = {}  # what layers gave that give one of each image, by their indices
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
 
@@ -138,7 +138,8 @@ class Inventory:
         )  # fmt: skip
         neurons.add(layer.shape[0], layer=layer.index)
         self.layers.append(layer)
-        self.outputs.append(result.clone())  # which may be changed in place
+        if result.dim() == 2:
+            self.vectors[layer.index] = result.clone()  # which may be changed in place
         return layer
 
     def shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
@@ -195,6 +196,17 @@ class Inventory:
         parts = [] if pairs is None else [self.heads(part) for part in pairs.T]
         return own or ([head for part in parts for head in part] if all(parts) else [])
 
+    def share_of(self, heads: list[Layer], logits: Tensor) -> float | None:
+        """What each of several heads is multiplied by, so that the `logits`, their sum or mean, are their mean.
+
+        None if they are neither, or if a head reads another: of what this is held out, it would have seen.
+        """
+        read = reaching(set().union(*(head.sources for head in heads)) - {-1}, self.layers)
+        if any(head.index in read or head.index not in self.vectors for head in heads):
+            return None
+        total, count = sum(self.vectors[head.index] for head in heads), len(heads)
+        return next((share for share in (1 / count, 1.0) if says_the_same(logits, total / (count * share))), None)
+
     def keep_what_reaches(self, heads: list[Layer]) -> None:
         """Leave out layers on side ways, such as those that say where an image is looked at: they stay as they are."""
         reached = reaching([head.index for head in heads], self.layers)
@@ -216,7 +228,7 @@ class Reading(CallMode):
         self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
         self.steps: list[Step] = []
         self.heads: list[Layer] = []
-        self.share = 1.0  # what each is multiplied by, so that the classes are their mean
+        self.share: float | None = 1.0  # what each is multiplied by, so that the classes are their mean
 
     def start(
         self, inputs: Tensor, format: InputFormat, axes: str, parameters: dict[str, Tensor],
@@ -358,16 +370,9 @@ class Reading(CallMode):
         found = self.follower.neurons.numbers(numbers.codes[0])
         inventory = self.inventory
         self.heads = inventory.heads(found)
-        count = len(self.heads)
-        if count > 1:
-            total, shares = sum(inventory.outputs[head.index] for head in self.heads), (1 / count, 1.0)
-            same = [share for share in shares if says_the_same(logits, total / (count * share))]
-            read = set().union(*(reaching(head.sources - {-1}, inventory.layers) for head in self.heads))
-            if same and not read & {head.index for head in self.heads}:
-                self.share = same[0]
-            else:
-                self.heads = []
-        if not self.heads:
+        if len(self.heads) > 1:
+            self.share = inventory.share_of(self.heads, logits)
+        if not self.heads or self.share is None:
             made = self.makers.get(id(logits), "")
             raise Refused(
                 f"{name}: the output must be that of one layer, the classes, averaged and scaled at most, or a sum of "
