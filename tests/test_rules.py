@@ -1155,8 +1155,8 @@ def test_one_token_of_each_image_may_lie_on_any_axis():
 
 
 class Heads(nn.Module):
-    """Branches whose outputs are added up, or averaged: one reads pixels, and the others, of which there may be one for
-    both, what is left and what is right."""
+    """Branches whose outputs are combined: of pixels, of the image, and of its first rows, which say little; or of the
+    image and its mirror image by one layer for both."""
 
     def __init__(self, combine=sum, shared: bool = False):
         super().__init__()
@@ -1165,28 +1165,30 @@ class Heads(nn.Module):
         self.of_left, self.of_right = nn.Linear(8 * 36, 10), nn.Linear(8 * 36, 10)
 
     def forward(self, x):
-        of_right = self.of_left if self.shared else self.of_right
         pixels = self.pixels(x.flatten(1))  # before any convolution
         left = self.of_left(self.left(x).relu().flatten(1))
-        right = of_right(self.right(-x.flip(-1)).relu().flatten(1))
-        return left + 3 * right if self.shared else self.combine([pixels, left, right])
+        if self.shared:
+            return left + 3 * self.of_left(self.right(-x.flip(-1)).relu().flatten(1))
+        rows = x * (torch.arange(SIDE)[:, None] < 3)
+        return self.combine([pixels, left, self.of_right(self.right(rows).relu().flatten(1))])
 
 
-@pytest.mark.parametrize("share", [1 / 3, 1.0])
-def test_heads_that_are_added_up_or_averaged_are_written_each(share):
-    torch.manual_seed(0)
-    network = Heads(lambda heads: (sum(heads) / (3 * share)).log_softmax(1))
+def test_heads_that_are_added_up_or_averaged_are_written_each():
     inputs, labels = images()
-    accounts = write(network, inputs, labels, seed=0)
-    assert not accounts.left
-    assert accounts.held_out_percent > 70
-    one_by_one = []
-    network.combine = lambda heads: one_by_one.extend(heads) or heads[0]
-    network(inputs)
-    assert all((head.argmax(1) == labels).double().mean() > 0.8 for head in one_by_one)
-    logits = sum(one_by_one) / (3 * share)
-    assert F.cross_entropy(logits, labels) < 0.5  # as sure as one head
-    assert logits.log_softmax(1).amax(1).exp().mean() < 0.99
+    logits = []
+    for count in (1, 3):
+        torch.manual_seed(0)
+        network = Heads(lambda heads, count=count: (sum(heads) / count).log_softmax(1))
+        accounts = write(network, inputs, labels, seed=0)
+        assert not accounts.left
+        assert accounts.held_out_percent > 70  # of all of them, not of the last one
+        logits.append(network(inputs))
+        heads = []
+        network.combine = lambda parts, heads=heads: heads.extend(parts) or sum(parts)
+        network(inputs)
+        right = [(head.argmax(1) == labels).double().mean().item() for head in heads]
+        assert min(right[:2]) > 0.8 and 0.15 < right[2] < 0.6
+    torch.testing.assert_close(*logits, atol=1e-2, rtol=1e-2)  # as sure, whether they are added up or averaged
 
 
 def test_a_branch_after_the_head_of_another_is_written_as_that_is():
