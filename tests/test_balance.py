@@ -256,11 +256,21 @@ def test_training_goes_on_from_a_network_with_norms_and_pooling(train_digits, di
     assert same == pytest.approx(before, abs=0.2) and thrown_back < before - 5
 
 
-def test_steep_logits_are_flattened_and_choose_the_same_class(train_digits, digits, monkeypatch):
+class WideAndDeep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.deep = nn.Linear(784, 10), cnn([8, 16], 48)
+
+    def forward(self, x):
+        return self.wide(x.flatten(1)) + self.deep(x)
+
+
+@pytest.mark.parametrize("build", [lambda: cnn([8, 16], 48), WideAndDeep])
+def test_steep_logits_are_flattened_and_choose_the_same_class(train_digits, digits, monkeypatch, build):
     monkeypatch.setattr("universal.model.balance.STEEP", 1.0)
-    network = synthesize(cnn([8, 16], 48), *train_digits[:300], seed=0)
+    network = synthesize(build(), *train_digits[:300], seed=0)
     monkeypatch.setattr(synthesis, "balance", lambda graph, weights, images: weights)
-    steep = synthesize(cnn([8, 16], 48), *train_digits[:300], seed=0)
+    steep = synthesize(build(), *train_digits[:300], seed=0)
     with torch.no_grad():
         flat, steep = (net(digits.images[:500]) for net in (network, steep))
     torch.testing.assert_close(flat, FLATTENED * steep, rtol=1e-3, atol=1e-3 * steep.abs().max().item())

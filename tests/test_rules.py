@@ -1237,10 +1237,10 @@ class Loop(nn.Module):
         return self.out(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("build", [Halves, Loop])
-def test_what_comes_after_a_layer_of_several_uses_reads_all_of_them(build):
+@pytest.mark.parametrize(("build", "least"), [(Halves, 90), (Loop, 60)])
+def test_what_comes_after_a_layer_of_several_uses_reads_all_of_them(build, least):
     torch.manual_seed(0)
     network, (inputs, labels) = build(), images()
     accounts = write(network, inputs, labels, seed=0)
     right_percent = 100 * (network(inputs).argmax(1) == labels).double().mean().item()
-    assert right_percent > accounts.held_out_percent > 60  # most of them were seen
+    assert right_percent > max(accounts.held_out_percent, least)  # most of them were seen

@@ -101,6 +101,10 @@ class LearnedLayers:
         self.keys.add(key)
         return *new, responses
 
+    def leave_out(self, layer: Layer) -> None:
+        """The next layer is one that no learned one reads."""
+        self.keys.add(self.keys.rows.new_zeros(layer.shape[0], self.keys.rows.shape[1]))
+
 
 def mixtures_like(layer: Layer, learned: Tensor, own: Tensor) -> Tensor:
     """The mixtures of a layer's neurons as `learned` that respond to the probes as its `own`, frozen ones, do,

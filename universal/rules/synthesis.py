@@ -219,6 +219,8 @@ class Writing:
             self.features = Features(self.graph, operation, self.data, dict(self.weights), self.features)
             write = self.of_classes if operation.last else self.dense
             self.trunk.put(operation, *write(operation, inputs))
+            if self.trunk.learned is not None:  # a head before the end
+                self.trunk.learned.leave_out(operation)
             outputs = operation.of(self.weights, inputs)
         else:
             outputs = self.trunk.write_operation(operation, inputs)
