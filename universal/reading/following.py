@@ -57,13 +57,6 @@ class Neurons:
                 return None
         return self._order[above].view(codes.shape)
 
-    def summands(self, numbers: Tensor) -> Tensor | None:
-        """The pairs [n, 2] that neurons of these numbers, [n], are sums of; None if one of them is no sum."""
-        pairs = torch.zeros(1, 2, dtype=torch.long)
-        for count, _, summed in self.blocks:
-            pairs = torch.cat([pairs, torch.zeros(count, 2, dtype=torch.long) if summed is None else summed])
-        return pairs[numbers] if pairs[numbers].all() else None
-
     def pairs(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """The pairs of neurons, [n, 2], that codes of one shape are of at the same places; and which pair is where."""
         count = len(self.codes)

@@ -189,23 +189,24 @@ class Inventory:
         self.follower.number(result, numbers)
         return norm
 
-    def heads(self, neurons: Tensor) -> list[Layer]:
-        """The layer whose outputs neurons of these numbers are, or the layers whose outputs' sums they are."""
-        own = [layer for layer in self.layers if torch.equal(layer.neurons, neurons)]
-        pairs = None if own else self.follower.neurons.summands(neurons)
-        parts = [] if pairs is None else [self.heads(part) for part in pairs.T]
-        return own or ([head for part in parts for head in part] if all(parts) else [])
+    def heads(self, logits: Tensor, neurons: Tensor, sources: frozenset[int]) -> tuple[list[Layer], float]:
+        """The layers that the `logits` are the mean of, each multiplied by what comes second.
 
-    def share_of(self, heads: list[Layer], logits: Tensor) -> float | None:
-        """What each of several heads is multiplied by, so that the `logits`, their sum or mean, are their mean.
-
-        None if they are neither, or if a head reads another: of what this is held out, it would have seen.
+        That is one, if they are of its neurons, or all `sources`, if they are the sum or the mean of what these give.
+        There are none if they are neither, or if one reads another: of what this is held out, it would have seen.
         """
+        for layer in self.layers:
+            if torch.equal(layer.neurons, neurons):
+                return [layer], 1.0
+        heads = [self.layers[index] for index in sorted(sources - {-1})]
         read = reaching(set().union(*(head.sources for head in heads)) - {-1}, self.layers)
         if any(head.index in read or head.index not in self.vectors for head in heads):
-            return None
+            return [], 1.0
         total, count = sum(self.vectors[head.index] for head in heads), len(heads)
-        return next((share for share in (1 / count, 1.0) if says_the_same(logits, total / (count * share))), None)
+        for share in (1 / count, 1.0) if heads else ():
+            if says_the_same(logits, total / (count * share)):
+                return heads, share
+        return [], 1.0
 
     def keep_what_reaches(self, heads: list[Layer]) -> None:
         """Leave out layers on side ways, such as those that say where an image is looked at: they stay as they are."""
@@ -228,7 +229,7 @@ class Reading(CallMode):
         self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
         self.steps: list[Step] = []
         self.heads: list[Layer] = []
-        self.share: float | None = 1.0  # what each is multiplied by, so that the classes are their mean
+        self.share = 1.0  # what each is multiplied by, so that the classes are their mean
 
     def start(
         self, inputs: Tensor, format: InputFormat, axes: str, parameters: dict[str, Tensor],
@@ -367,12 +368,10 @@ class Reading(CallMode):
         if numbers is None:
             made = self.makers.get(id(logits), "")
             raise Refused(f"{name}: its output{made and f', of {made},'} cannot be followed back to what it is given")
-        found = self.follower.neurons.numbers(numbers.codes[0])
         inventory = self.inventory
-        self.heads = inventory.heads(found)
-        if len(self.heads) > 1:
-            self.share = inventory.share_of(self.heads, logits)
-        if not self.heads or self.share is None:
+        found = self.follower.neurons.numbers(numbers.codes[0])
+        self.heads, self.share = inventory.heads(logits, found, numbers.sources)
+        if not self.heads:
             made = self.makers.get(id(logits), "")
             raise Refused(
                 f"{name}: the output must be that of one layer, the classes, averaged and scaled at most, or a sum of "
@@ -380,9 +379,10 @@ class Reading(CallMode):
             )
         for head in self.heads:
             head.last = True
+        classes = torch.cat([found[found > 0], *(head.neurons for head in self.heads)])
         inventory.note_activations(inventory.curves.of(logits))
         for call in (*inventory.norms, *inventory.shifts):
-            call.of_last = bool(torch.isin(call.channels, found).any())
+            call.of_last = bool(torch.isin(call.channels, classes).any())
         inventory.keep_what_reaches(self.heads)
         kept = {id(call) for call in inventory.all}
         self.steps = [step if id(step.found) in kept else step._replace(found=None) for step in self.steps]
