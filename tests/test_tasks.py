@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from scripting import MNIST
 from target_cnn import load_mnist
@@ -76,23 +76,33 @@ class FlatTokens(Tokens):
         return self.out(self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.places).flatten(1))
 
 
-@pytest.mark.parametrize("name", Numbers._fields)
-def test_every_number_changes_what_some_network_gets(name, monkeypatch):
-    monkeypatch.setattr(synthesis, "better", lambda writings: writings[-1])  # so that rules write every layer
-    torch.manual_seed(0)
+def written_with(network: nn.Module, numbers: Numbers) -> Tensor:
+    """All weights of a network that rules alone write for digits."""
     images, labels = (values[:800] for values in load_mnist("train", MNIST))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "better", lambda writings: writings[-1])
+        write(network, images, labels, seed=0, numbers=numbers)
+    return torch.cat([tensor.flatten() for tensor in network.state_dict().values()])
+
+
+@pytest.fixture(scope="module")
+def usual() -> list[tuple[nn.Module, Tensor]]:
+    """Networks of dense layers, convolutions and tokens, and their weights by the numbers as they are."""
     convolutions = nn.Sequential(
         nn.Conv2d(1, 8, 5, 2), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
     )  # fmt: skip
     dense = nn.Sequential(nn.Flatten(), nn.Linear(784, 40), nn.ReLU(), nn.Linear(40, 10))
-    found = []
     blocks = [nn.TransformerEncoderLayer(32, 2, 32, 0.0, batch_first=True)]
     transformer = FlatTokens((1, 28, 28), 7, 32, blocks, classes=10, places=True, class_token=False, norm=False)
-    for network in [transformer] if name in ("places", "attention", "stream") else [convolutions, dense]:
-        for factor in (1, *{"clusters": (10, 40)}.get(name, (0.1, 1.2))):
-            changed = BY_HAND._replace(**{name: factor * getattr(BY_HAND, name)})
-            write(network, images, labels, seed=0, numbers=changed)
-            found.append(torch.cat([tensor.flatten() for tensor in network.state_dict().values()]))
-    usual, less, more = (found[each::3] for each in range(3))
-    assert any(not torch.allclose(a, b) for a, b in zip(usual * 2, less + more, strict=True))
+    return [(network, written_with(network, BY_HAND)) for network in (dense, convolutions, transformer)]
+
+
+@pytest.mark.parametrize("name", Numbers._fields)
+def test_every_number_changes_what_some_network_gets(name, usual):
+    factors = {"clusters": (10, 40)}.get(name, (0.1, 1.2))
+    changed = [BY_HAND._replace(**{name: factor * getattr(BY_HAND, name)}) for factor in factors]
+    networks = usual[2:] if name in ("places", "attention", "stream") else usual[:2]
+    assert any(
+        not torch.allclose(written_with(network, each), weights) for network, weights in networks for each in changed
+    )
