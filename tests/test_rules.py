@@ -1238,6 +1238,35 @@ class Loop(nn.Module):
         return self.out(x.mean((2, 3)))
 
 
+class Skip(nn.Module):
+    """Two hidden layers, of which the last one reads the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(SIDE**2, 24), nn.Linear(24, 24), nn.Linear(24, 10)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1)).relu()
+        return self.out(x + self.second(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("build", "whole"),
+    [(lambda: made("relu"), ["1"]), (lambda: made("convolutions"), ["6"]), (Skip, ["first", "out"]),
+     (Halves, ["part", "out"])],
+)  # fmt: skip
+def test_features_go_on_from_the_layer_before_where_nothing_else_matters(build, whole, monkeypatch):
+    computed, of = [], features.Features.of
+
+    def spy(self, given: Tensor) -> Tensor:
+        computed.append(self.layer.name)
+        return of(self, given)
+
+    monkeypatch.setattr(features.Features, "of", spy)
+    write(build(), *images(), seed=0)
+    assert list(dict.fromkeys(computed)) == whole
+
+
 @pytest.mark.parametrize(("build", "least"), [(Halves, 90), (Loop, 60)])
 def test_what_comes_after_a_layer_of_several_uses_reads_all_of_them(build, least):
     torch.manual_seed(0)

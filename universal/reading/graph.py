@@ -148,27 +148,24 @@ class ComputationGraph:
     ) -> Tensor:
         """What reaches a layer, where it is first used, of images, with these weights. The pass ends there.
 
-        Of an earlier layer the first outputs may be `given`: what comes before it is then not computed. Raises
-        RuntimeError if anything but these outputs matters for what comes after.
+        Of an earlier layer the first outputs may be `given`: what comes before it is then computed of two of the images
+        alone, so that anything else of these that matters for what comes after has another shape. Raises RuntimeError
+        if the layer is not reached.
         """
-        own = self._own(images, but=weights) | weights
-        shapes = {name: tensor.to("meta") for name, tensor in own.items()} if given else own
-        device = images.device
-        images, left = images.to("meta") if given else images, [given] if given else []
+        weights, left = self._own(images, but=weights) | weights, [given] if given else []
 
         def compute(operation: Operation, inputs: Tensor) -> Tensor:
             if operation is layer:
                 raise Reached(inputs)
-            if left and operation is given[0] and inputs.is_meta:
+            if left and operation is given[0]:
                 return left.pop()[1]  # its second use is of other inputs
-            return operation.of(shapes if inputs.is_meta else own, inputs)
+            return operation.of(weights, inputs)
 
         try:
-            self._forward(images, shapes, compute)
+            self._forward(images[:2] if given else images, weights, compute)
         except Reached as reached:
-            if reached.inputs.device == device:
-                return reached.inputs
-        raise RuntimeError(f"{layer.name}: is not reached, or not by what is given alone")
+            return reached.inputs
+        raise RuntimeError(f"{layer.name}: is not reached")
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
         """The logits of images, in their precision, each layer and norm by `compute(layer or norm, inputs)`."""

@@ -136,7 +136,9 @@ class Features:
         outputs = self.before.layer.of(self.weights, self.before.kept[index])
         try:
             inputs = self.graph.inputs_of(self.layer, images, self.weights, (self.before.layer, outputs))
-        except Exception:  # what the module computes with may not be on the device "meta"
+        except Exception:  # of activations of two images beside those of all
+            inputs = images[:0]
+        if len(inputs) != len(images):
             self.before = None
             return None
         self.is_flat = inputs.dim() == 2
