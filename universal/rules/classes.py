@@ -84,9 +84,9 @@ def logistic(
         return value
 
     def logits_of(parameters: Tensor) -> Tensor:
-        weight = parameters[:-1] / deviation[:, None]
-        bias = parameters[-1] - mean @ weight
-        return torch.cat([torch.addmm(bias, part, weight) for part in rows])
+        weight = (parameters[:-1] / deviation[:, None]).T.contiguous()  # products of few columns are slow
+        bias = parameters[-1] - weight @ mean
+        return torch.cat([F.linear(part, weight, bias) for part in rows])
 
     count = over_all(used.sum())
     parameters = torch.cat([start.weight, start.bias[None]])
@@ -98,8 +98,8 @@ def logistic(
         shares = logits.softmax(1)
         errors = (one_hot - shares) * used
         total = errors.sum(0)
-        gradient = sum(part.T @ wrong for part, wrong in zip(rows, errors.split(sizes), strict=True))
-        gradient = (gradient - torch.outer(mean, total)) / deviation[:, None]
+        gradient = sum(wrong.T @ part for part, wrong in zip(rows, errors.split(sizes), strict=True))
+        gradient = (gradient.T - torch.outer(mean, total)) / deviation[:, None]
         downhill = over_all(torch.cat([gradient, intercept * total[None]])) / count - decay * parameters
         scaled = 2 * torch.cat([count * solved.inverse(downhill[:-1]), downhill[-1:]])
         size = (downhill * scaled).sum()

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from universal.data.labelled import gathered, is_shared
@@ -26,7 +27,7 @@ class Regression(NamedTuple):
     bias: Tensor  # [t]
 
     def __call__(self, features: Tensor) -> Tensor:
-        return torch.addmm(self.bias, features, self.weight)
+        return F.linear(features, self.weight.T.contiguous(), self.bias)  # products of few columns are slow
 
 
 class Solved(NamedTuple):
@@ -68,7 +69,7 @@ class Sums:
     def add_up(self) -> "Sums":
         """Let sums take the place of the rows."""
         for x, t in self.rows:
-            new = (gram(x.T), x.T @ t, x.sum(0), t.sum(0), t.square().sum())
+            new = (gram(x.T), (t.T @ x).T, x.sum(0), t.sum(0), t.square().sum())
             self.sums = (
                 new if self.sums is None else tuple(old.add_(more) for old, more in zip(self.sums, new, strict=True))
             )

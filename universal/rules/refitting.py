@@ -22,7 +22,7 @@ class ReadOut:
         self.factor = torch.linalg.cholesky(gram)
 
     def towards(self, errors: Tensor) -> Tensor:
-        return torch.cholesky_solve(self.neurons.T @ errors / len(errors), self.factor)
+        return torch.cholesky_solve((errors.T @ self.neurons).T / len(errors), self.factor)
 
     def fit(
         self, one_hot: Tensor, start: tuple[Tensor, Tensor] | None, steps: int = 3
