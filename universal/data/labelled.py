@@ -84,8 +84,8 @@ class LabelledImages:
         self.numbers = torch.full((max(self.present) + 1,), -1, device=device)
         self.numbers[self.present] = torch.arange(len(self.present), device=device)
         sample = sample.least(max(SAMPLE, int(OF_ALL * self.count)))
-        self.sample = self._batch(sample.at(self._is_used(sample)))
-        self.resident = self._batch(kept.at(self._is_used(kept))) if whole else None
+        self.sample = self._batch(self._used(sample))
+        self.resident = self._batch(self._used(kept)) if whole else None
         self.shape = tuple(self.sample.images.shape[1:])
 
     def batches(self, size: int) -> Iterator[Batch]:
@@ -95,7 +95,7 @@ class LabelledImages:
             return
         for images, labels in pairs_of(self.source):
             keyed = self._keyed(*checked(images, labels))
-            for part in map(Keyed, *(values.split(size) for values in keyed.at(self._is_used(keyed)))):
+            for part in map(Keyed, *(values.split(size) for values in self._used(keyed))):
                 yield self._batch(part)
 
     def _survey(self, limit: int) -> tuple[int, dict[int, int], Keyed]:
@@ -130,8 +130,9 @@ class LabelledImages:
             self.multipliers = (torch.randint(2**62, (bits.shape[1],), generator=generator) * 2 + 1).to(bits.device)
         return Keyed((bits * self.multipliers).sum(1), images, labels)
 
-    def _is_used(self, keyed: Keyed) -> Tensor:
-        return keyed.keys <= (2**63 - 1 if self.threshold is None else self.threshold)
+    def _used(self, keyed: Keyed) -> Keyed:
+        """Those of them that are used."""
+        return keyed if self.threshold is None else keyed.at(keyed.keys <= self.threshold)
 
     def _batch(self, keyed: Keyed) -> Batch:
         """Images as they are handed on. The first of each class is in the last fold."""
@@ -194,9 +195,10 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if not images.is_floating_point():
         raise ValueError(f"the images are {images.dtype}: give numbers of floating point, as the network takes them")
     images = images.detach().float()
-    if not images.isfinite().all():
+    bounds = torch.stack(images.aminmax()) if images.numel() else images.new_zeros(2)
+    if not bounds.isfinite().all():
         raise ValueError("the images hold NaN or infinite values: leave such images out")
-    if len(images) and images.abs().max() > LARGEST:
+    if bounds.abs().max() > LARGEST:
         raise ValueError(f"the images hold values beyond {LARGEST:,}: standardise them")
     labels = labels.detach()
     if labels.dim() == 2 and labels.shape[1] > 1:
