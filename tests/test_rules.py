@@ -2,9 +2,11 @@
 
 import copy
 import functools
+import gc
 import itertools
 import math
 import os
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -1265,6 +1267,24 @@ def test_features_go_on_from_the_layer_before_where_nothing_else_matters(build, 
     monkeypatch.setattr(features.Features, "of", spy)
     write(build(), *images(), seed=0)
     assert list(dict.fromkeys(computed)) == whole
+
+
+def test_features_are_freed_as_soon_as_a_network_is_written(monkeypatch):
+    kept, init = [], features.Features.__init__
+
+    def spy(self, *arguments) -> None:
+        init(self, *arguments)
+        kept.append(weakref.ref(self))
+
+    monkeypatch.setattr(features.Features, "__init__", spy)
+    network = made("convolutions")
+    gc.collect()
+    gc.disable()  # which may come too late for features of many images
+    try:
+        write(network, *images(), seed=0)
+        assert len(kept) == 2 and not any(ref() for ref in kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("build", "least"), [(Halves, 90), (Loop, 60)])

@@ -408,14 +408,16 @@ def attention(
 
 
 class CallMode(TorchFunctionMode):
-    """A forward pass of which `call(kind, function, args, kwargs)` computes every call that may take weights.
+    """A forward pass of which `call` computes every call that may take weights, and `follow` sees what else there is.
 
-    What it calls `within` the mode is seen in its turn.
+    What is called `within` the mode is seen in its turn.
     """
 
-    def __init__(self, call: Callable, follow: Callable = lambda *_: None):
-        super().__init__()
-        self.call, self.follow = call, follow
+    def call(self, kind: "Kind", function: Callable, args: tuple, kwargs: dict):
+        raise NotImplementedError
+
+    def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:
+        pass
 
     def within(self, function: Callable, *args, **kwargs):
         with self:

@@ -34,6 +34,38 @@ class Reached(Exception):
         self.inputs = inputs
 
 
+class Replay(CallMode):
+    """A forward pass of a graph's module, with these `weights`, that goes the way that was read: each layer and norm by
+    `compute(layer or norm, inputs)`, on activations of the precision `dtype`."""
+
+    def __init__(self, graph: "ComputationGraph", weights: dict[str, Tensor], dtype: torch.dtype, compute: Callable):
+        super().__init__()
+        self.name, self.steps, self.dtype, self.compute = type(graph.module).__name__, iter(graph.steps), dtype, compute
+        self.names = {id(tensor): name for name, tensor in weights.items()}
+
+    def another_way(self) -> ValueError:
+        return ValueError(f"{self.name}: its forward pass goes another way every time")
+
+    def call(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
+        step = next(self.steps, None)
+        if step is None or step.function is not function:
+            raise self.another_way()
+        if step.rewritten is not None:
+            return self.within(step.rewritten, args, kwargs)
+        if step.found is None:
+            return function(*args, **kwargs)
+        given, found = kind.bind(args, kwargs), step.found
+        is_layer = isinstance(found, Layer)
+        if is_layer and self.names.get(id(given["weight"]), found.weight.name) != found.weight.name:
+            raise self.another_way()
+        parts = {"weight": found.weight} if is_layer else getattr(found, "parameters", {})
+        if any(part.index is not None and part.index.numel() != given[name].numel() for name, part in parts.items()):
+            raise self.another_way()  # repeated for every input of the batch
+        inputs = given[step.activations]
+        outputs = self.compute(found, inputs.to(self.dtype)).to(inputs.dtype)
+        return inputs.copy_(outputs) if function in IN_PLACE else outputs
+
+
 class ComputationGraph:
     """The layers and norms of a module that classifies inputs as logits [N, classes].
 
@@ -62,7 +94,7 @@ class ComputationGraph:
                 self._try_formats(formats, precision, lambda inputs, _: self.module(inputs))
             for _ in range(2):
                 reading = self._try_formats(formats, precision, self._read)
-                self._steps = reading.steps
+                self.steps = reading.steps
                 if self._is_repeated():
                     break
         found = reading.inventory
@@ -169,35 +201,11 @@ class ComputationGraph:
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
         """The logits of images, in their precision, each layer and norm by `compute(layer or norm, inputs)`."""
-        steps = iter(self._steps)
         weights = self._taken(weights)
-        names = {id(tensor): name for name, tensor in weights.items()}
-        another_way = ValueError(f"{type(self.module).__name__}: its forward pass goes another way every time")
-
-        def call(kind: Kind, function: Callable, args: tuple, kwargs: dict):
-            step = next(steps, None)
-            if step is None or step.function is not function:
-                raise another_way
-            if step.rewritten is not None:
-                return mode.within(step.rewritten, args, kwargs)
-            if step.found is None:
-                return function(*args, **kwargs)
-            given, found = kind.bind(args, kwargs), step.found
-            if isinstance(found, Layer) and names.get(id(given["weight"]), found.weight.name) != found.weight.name:
-                raise another_way
-            parts = {"weight": found.weight} if isinstance(found, Layer) else getattr(found, "parameters", {})
-            if any(
-                part.index is not None and part.index.numel() != given[name].numel() for name, part in parts.items()
-            ):
-                raise another_way  # repeated for every input of the batch
-            inputs = given[step.activations]
-            outputs = compute(found, inputs.to(images.dtype)).to(inputs.dtype)
-            return inputs.copy_(outputs) if function in IN_PLACE else outputs
-
-        with still(self.module), CallMode(call) as mode:
+        with still(self.module), Replay(self, weights, images.dtype, compute) as replay:
             logits = logits_of(functional_call(self.module, weights, self._given(images)))
-        if next(steps, None) is not None:
-            raise another_way
+        if next(replay.steps, None) is not None:
+            raise replay.another_way()
         return logits.to(images.dtype)
 
     def _own(self, images: Tensor, but: Collection[str] = ()) -> dict[str, Tensor]:

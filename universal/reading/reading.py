@@ -225,7 +225,7 @@ class Reading(CallMode):
     """A forward pass that is read: its `steps`, and in the `inventory` what has weights to be written."""
 
     def __init__(self):
-        super().__init__(self.call, self.follow)
+        super().__init__()
         self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
         self.steps: list[Step] = []
         self.heads: list[Layer] = []
