@@ -418,8 +418,10 @@ def test_other_recorded_runs_are_not_mixed_with(tmp_path, checkpoints, refusal):
 
 def test_ctrl_c_leaves_only_complete_files(tmp_path):
     script = """
+import signal
 import train_target_model as script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
 scoring_data = script.scoring_data
 script.training_data = script.scoring_data = lambda *options: scoring_data(*options)[:500]
 script.run_script(script.main)
