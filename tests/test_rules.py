@@ -593,6 +593,13 @@ def test_images_that_are_not_kept_give_nearly_the_same(little_memory, unbalanced
     assert of_few.images == 500
 
 
+def test_of_images_that_are_not_kept_no_more_than_the_limit_are_used(little_memory):
+    data = labelled.LabelledImages(many(1200), limit=500)
+    assert data.resident is None
+    used = sum(len(batch.labels) for batch in data.batches(100))
+    assert used == pytest.approx(500, abs=60)  # by keys, as without all of them one cannot count
+
+
 @pytest.mark.parametrize(("others", "sees"), [(None, COUNT), ((True, True), COUNT), ((True, False), 100)])
 def test_the_logistic_regression_sees_all_images_that_every_process_keeps(monkeypatch, others, sees):
     monkeypatch.setattr(labelled, "SAMPLE", 100)
@@ -1192,6 +1199,17 @@ def test_heads_that_are_added_up_or_averaged_are_written_each():
         assert min(right[:2]) > 0.8 and 0.15 < right[2] < 0.6
     for other in logits[1:]:  # as sure, whether they are added up or averaged
         torch.testing.assert_close(other, logits[0], atol=1e-2, rtol=1e-2)
+
+
+def test_norms_of_heads_leave_the_classes_as_they_are():
+    spread = []
+    for norms in ([nn.Identity()] * 3, [nn.BatchNorm1d(10) for _ in range(3)]):
+        torch.manual_seed(0)
+        network = Heads(lambda heads, norms=norms: sum(norm(head) for norm, head in zip(norms, heads, strict=True)))
+        network.norms = nn.ModuleList(norms)
+        write(network, *images(), seed=0)
+        spread.append(network.eval()(images()[0]).std().item())
+    assert spread[1] == pytest.approx(spread[0], rel=0.03)
 
 
 def test_a_branch_after_the_head_of_another_is_written_as_that_is():

@@ -413,7 +413,7 @@ class CallMode(TorchFunctionMode):
     What is called `within` the mode is seen in its turn.
     """
 
-    def call(self, kind: "Kind", function: Callable, args: tuple, kwargs: dict):
+    def call(self, kind: Kind, function: Callable, args: tuple, kwargs: dict):
         raise NotImplementedError
 
     def follow(self, function: Callable, args: tuple, kwargs: dict, result) -> None:

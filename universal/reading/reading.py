@@ -200,12 +200,11 @@ class Inventory:
                 return [layer], 1.0
         heads = [self.layers[index] for index in sorted(sources - {-1})]
         read = reaching(set().union(*(head.sources for head in heads)) - {-1}, self.layers)
-        if any(head.index in read or head.index not in self.vectors for head in heads):
-            return [], 1.0
-        total, count = sum(self.vectors[head.index] for head in heads), len(heads)
-        for share in (1 / count, 1.0) if heads else ():
-            if says_the_same(logits, total / (count * share)):
-                return heads, share
+        if heads and not any(head.index in read or head.index not in self.vectors for head in heads):
+            total, count = sum(self.vectors[head.index] for head in heads), len(heads)
+            for share in (1 / count, 1.0):
+                if says_the_same(logits, total / (count * share)):
+                    return heads, share
         return [], 1.0
 
     def keep_what_reaches(self, heads: list[Layer]) -> None:

@@ -137,8 +137,8 @@ class Features:
         try:
             inputs = self.graph.inputs_of(self.layer, images, self.weights, (self.before.layer, outputs))
         except Exception:  # of activations of two images beside those of all
-            inputs = images[:0]
-        if len(inputs) != len(images):
+            inputs = None
+        if inputs is None or len(inputs) != len(images):
             self.before = None
             return None
         self.is_flat = inputs.dim() == 2
