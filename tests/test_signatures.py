@@ -804,7 +804,7 @@ def test_generated_matrices_have_the_asked_shape_and_are_not_noise():
     assert sum(sizes[:2]) / 2 > sizes[2] + 0.2  # rows differ in size, as those of trained matrices do
 
 
-def test_a_network_is_initialised_and_repaired():
+def test_a_network_is_initialised():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(16, 10))
     bias = network[0].bias.detach().clone()
@@ -812,10 +812,6 @@ def test_a_network_is_initialised_and_repaired():
     weight = network[3].weight
     assert weight.square().mean().sqrt().item() == pytest.approx((2 / 16) ** 0.5, rel=1e-4)
     assert torch.equal(network[0].bias, bias) and (network[1].weight == 1).all()
-    clean = structured(40, 60)
-    noisy = clean + 0.7 * clean.square().mean().sqrt() * torch.randn_like(clean)
-    repaired = sampling.repair(noisy, 0.7, denoising.load_denoiser())
-    assert (repaired - clean).square().mean() < 0.8 * (noisy - clean).square().mean()
 
 
 def test_the_prior_is_tried_on_everything(tmp_path, monkeypatch, capsys, small_corpus, digits):
@@ -830,20 +826,10 @@ def test_the_prior_is_tried_on_everything(tmp_path, monkeypatch, capsys, small_c
     monkeypatch.setattr(trials, "TargetCNN", SmallNetwork)
     monkeypatch.setattr(prior, "initialise", lambda module, seed, _: sampling.initialise(module, seed, steps=2))
     outputs = ["--plot", tmp_path / "p.png", "--results", tmp_path / "p.json"]
-    sizes = ["--matrices", 4, "--seeds", 1, "--evaluations", 2]
+    sizes = ["--matrices", 4, "--seeds", 1]
     main_of(prior, monkeypatch, "--corpus", small_corpus, *sizes, *outputs)
     saved = json.loads((tmp_path / "p.json").read_text())
     assert {row["init"] for row in saved["inits"]} == prior.INITS.keys()
     assert {row["family"] for row in saved["denoising"]} == {HELD_OUT[0]}
-    assert saved["reward"][0]["score_after"] >= saved["reward"][0]["score_before"]
     assert all(len(row) == 3 for row in saved["detection"]) and len(saved["distance_to_training"]) == 3
-    assert "rounded to 3 bits" in capsys.readouterr().out
     assert_png(tmp_path / "p.png", 2850, 720)
-
-
-def test_rounding_leaves_so_many_values_and_expects_its_error():
-    torch.manual_seed(0)
-    clean = torch.randn(200, 300)
-    found, sigma = prior.rounded(clean, 3)
-    assert len(found.unique()) <= 8
-    assert ((found - clean).square().mean() / clean.square().mean()).sqrt().item() == pytest.approx(sigma, rel=0.15)

@@ -1,9 +1,9 @@
-"""Is a generative model of weights any good? Denoising, generating, initial weights, repairs and rewards.
+"""Is a generative model of weights any good? Denoising, generating and initial weights.
 
     python -m universal.signatures.prior
 
 holds the denoiser against classical methods on families that it has not seen, its matrices against real ones, its
-initial weights against those of the field, and tries it, and the score of signatures, on networks. It saves the picture
+initial weights against those of the field. It saves the picture
 assets/generated_weights.png and everything it found as signature_prior.json.
 """
 
@@ -43,10 +43,9 @@ from universal.signatures.denoising import (
 from universal.signatures.detection import LabelledSignatures, area, trained_scorer
 from universal.signatures.matrices import CORPUS, batch_of, load_split
 from universal.signatures.nulls import same_spectrum
-from universal.signatures.sampling import generate, initialise, repair
+from universal.signatures.sampling import generate, initialise
 from universal.signatures.scorer import as_tensor, load_scorer
 from universal.signatures.statistics import signature
-from universal.signatures.trials import network_score, trained_networks
 
 AFTER = (50, 100, 469)  # steps of Adam
 GENERATED_SIDE = 96  # rows and columns of the matrices that are held against real ones
@@ -58,7 +57,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, default=CORPUS, help="the corpus of trained weights")
     parser.add_argument("--matrices", type=number(int, 2, 10_000), default=20, help="of each family; generated twice")
     parser.add_argument("--seeds", type=number(int, 1, 100), default=5, help="networks trained from each init")
-    parser.add_argument("--evaluations", type=number(int, 1, 10**6), default=300, help="scores that are asked for")
     add_output_options(parser, plot="assets/generated_weights.png", results="signature_prior.json")
     add_data_options(parser)
     return parser.parse_args()
@@ -89,22 +87,7 @@ def main() -> None:
     print(f"\nAccuracy (%) after steps of Adam, mean and deviation over {options.seeds} seeds:")
     print(inits_table(inits), flush=True)
 
-    repaired = repairs(denoiser, train, test, options)
-    print("\nA trained TargetCNN, accuracy (%) when damaged, and denoised without data:")
-    print(table(["Damage", "Before", "Damaged", "Denoised"], [
-        [row["damage"], *(f"{row[key]:.2f}" for key in ("before", "damaged", "denoised"))] for row in repaired
-    ]), flush=True)  # fmt: skip
-
-    rewarded = score_as_reward(train, test, options)
-    print(f"\nThe score as a reward without data, {options.evaluations} evaluations of random search:")
-    print(table(["Start", "Score Before", "Score After", "Accuracy Before (%)", "Accuracy After"], [
-        [row["start"], f"{row['score_before']:.3f}", f"{row['score_after']:.3f}", f"{row['accuracy_before']:.2f}",
-         f"{row['accuracy_after']:.2f}"] for row in rewarded
-    ]), flush=True)  # fmt: skip
-    record = {
-        "denoising": denoised, "detection": detected, "distance_to_training": novelty, "inits": inits,
-        "repairs": repaired, "reward": rewarded,
-    }  # fmt: skip
+    record = {"denoising": denoised, "detection": detected, "distance_to_training": novelty, "inits": inits}
     save_json(options.results, record)
     print(f"\nResults saved to {options.results}")
     plot(generated, unseen, inits, options.plot)
@@ -281,83 +264,6 @@ def inits_table(rows: list[dict]) -> str:
          *(f"{fmean(column):.2f} +- {pstdev(column):.2f}" for column in zip(*row["accuracy_percent"], strict=True))]
         for row in rows
     ])  # fmt: skip
-
-
-# ---- repairs and rewards --------------------------------------------------------------------------------------------
-
-
-def rounded(tensor: Tensor, bits: int = 3) -> tuple[Tensor, float]:
-    """Each entry rounded to one of 2 ** bits values, evenly spaced over the range of the tensor; and the deviation of
-    the error, relative to the root mean square, that is to be expected of that."""
-    low, high = tensor.min(), tensor.max()
-    step = (high - low) / (2**bits - 1)
-    error = step.square() / 12
-    found = ((tensor - low) / step).round() * step + low
-    return found, (error / (found.square().mean() - error).clamp(min=error / 10)).sqrt().item()
-
-
-def repairs(denoiser: Denoiser, train: Dataset, test: Dataset, options: argparse.Namespace) -> list[dict]:
-    """Accuracies in percent of a trained TargetCNN before and after damage, and after it was denoised.
-
-    How large the noise is, the repair is told; of rounding it knows the number of bits.
-    """
-    *_, network = trained_networks(options, options.seed, train, 2, "to be repaired")
-    before = accuracy_of(network, test).accuracy_percent
-    own = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    generator = torch.Generator().manual_seed(options.seed)
-
-    def noise(sigma: float) -> Callable[[Tensor], tuple[Tensor, float]]:
-        return lambda w: (
-            w + sigma * w.square().mean().sqrt() * torch.randn(w.shape, generator=generator).to(w), sigma
-        )  # fmt: skip
-
-    damages = {f"noise of {sigma:g} deviations": noise(sigma) for sigma in (0.5, 1.0, 1.5)}
-    damages |= {"rounded to 3 bits": rounded, "rounded to 2 bits": lambda w: rounded(w, 2)}
-    rows = []
-    for name, damage in damages.items():
-        damaged, denoised = dict(own), dict(own)
-        for key, weight in own.items():
-            if weight.dim() > 1:
-                damaged[key], sigma = damage(weight)
-                denoised[key] = repair(damaged[key], sigma, denoiser)
-        row = {"damage": name, "before": before}
-        for key, state in (("damaged", damaged), ("denoised", denoised)):
-            network.load_state_dict(state)
-            row[key] = accuracy_of(network, test).accuracy_percent
-        rows.append(row)
-    return rows
-
-
-def score_as_reward(train: Dataset, test: Dataset, options: argparse.Namespace) -> list[dict]:
-    """What a random search for a higher mean score of its weights does to a TargetCNN's accuracy."""
-    scorer = load_scorer()
-    rows = []
-    for start, parts in (("random init", 0), ("an epoch of Adam", 1)):
-        *_, network = trained_networks(options, options.seed, train, parts, start)
-        network = network.cpu()
-        before = network_score(scorer, network), accuracy_of(network.to(options.device), test).accuracy_percent
-        best = before[0]
-        generator = torch.Generator().manual_seed(options.seed)
-        for _ in range(options.evaluations):
-            network.cpu()
-            own = [parameter.detach().clone() for parameter in network.parameters()]
-            with torch.no_grad():
-                for parameter in network.parameters():
-                    if parameter.dim() > 1:  # a random direction of rank one
-                        left, right = (torch.randn(n, generator=generator) for n in parameter.flatten(1).shape)
-                        change = torch.outer(left, right).view(parameter.shape)
-                        parameter += 0.3 * parameter.square().mean().sqrt() * change
-            found = network_score(scorer, network)
-            if found > best:
-                best = found
-            else:
-                with torch.no_grad():
-                    for parameter, value in zip(network.parameters(), own, strict=True):
-                        parameter.copy_(value)
-        after = accuracy_of(network.to(options.device), test).accuracy_percent
-        rows.append({"start": start, "score_before": before[0], "score_after": best, "accuracy_before": before[1],
-                     "accuracy_after": after})  # fmt: skip
-    return rows
 
 
 def plot(generated: Tensor, unseen: Families, inits: list[dict], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the denoiser of weights is good for: generating matrices, initial weights of networks, and repairs."""
+"""What the denoiser of weights is good for: generating matrices, and initial weights of networks."""
 
 import math
 
@@ -42,16 +42,3 @@ def initialise(module: nn.Module, seed: int = 0, denoiser: Denoiser | None = Non
         matrix = generate(denoiser, rows, columns, seed=seed * 1000 + number, steps=steps)[0]
         parameter.copy_((matrix * math.sqrt(2 / columns)).view(parameter.shape))
     return module
-
-
-@torch.no_grad()
-def repair(tensor: Tensor, sigma: float, denoiser: Denoiser) -> Tensor:
-    """A weight [outputs, ...] to which noise of so many of its own deviations was added, without the noise.
-
-    `sigma` is relative to the root mean square that it had before.
-    """
-    matrix = tensor.flatten(1)
-    if sigma == 0 or not matrix.any():
-        return tensor
-    scale = matrix.square().mean().sqrt() / math.sqrt(1 + sigma**2)
-    return (scale * denoiser((matrix / scale)[None], sigma)[0]).view(tensor.shape)
