@@ -69,7 +69,7 @@ class Training:
             self.step += 1
         self.loss = torch.stack(losses).mean().item()
         if not math.isfinite(self.loss):
-            raise UserError(f"the loss is not finite after {self.step} steps, nothing saved: lower --lr")
+            raise UserError(f"diverged by step {self.step}: lower --lr, and delete {self.options.checkpoint}")
 
     def one_step(self) -> Tensor:
         """Learn from a few noisy matrices; the loss is the error over that of the best classical method."""

@@ -28,7 +28,7 @@ def shuffled_within_scales(w: Tensor) -> Tensor:
 def same_spectrum(w: Tensor) -> Tensor:
     """The singular values of `w` with random singular vectors."""
     values = torch.linalg.svdvals(w)
-    left, right = (torch.linalg.qr(torch.randn(size, len(values)))[0] for size in w.shape)
+    left, right = (torch.linalg.qr(torch.randn(size, len(values)))[0].to(w) for size in w.shape)
     return left * values @ right.T
 
 
