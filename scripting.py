@@ -77,6 +77,13 @@ def run_script(main: Callable[[], None]) -> None:
         except UserError as error:
             print(f"{program()}: error: {error}", file=sys.stderr)
             sys.exit(2)
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # such as a directory that nobody may enter
+            if error.filename is None:
+                raise
+            print(f"{program()}: error: {error.filename}: {error.strerror}: choose another path", file=sys.stderr)
+            sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
@@ -187,7 +194,8 @@ def option_parser(description: str, seed: int) -> argparse.ArgumentParser:
     # PyTorch's CPU generator uses the lowest 32 bits only: larger seeds would repeat smaller ones unnoticed.
     parser.add_argument("--seed", type=number(int, 0, 2**31 - 1), default=seed, help="seed of all randomness")
     fastest = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    parser.add_argument("--device", type=device, default=fastest, help="where to compute, such as cpu, cuda or mps")
+    fastest = "cpu" if fastest == "mps" else fastest  # Apple's has no double precision
+    parser.add_argument("--device", type=device, default=fastest, help="where to compute, such as cpu or cuda")
     return parser
 
 
@@ -223,14 +231,15 @@ def add_training_options(parser: argparse.ArgumentParser, report_every: int, che
 
 
 def device(text: str) -> torch.device:
-    """An argparse type: a device that can hold a tensor."""
+    """An argparse type: a device that can hold a tensor, in double precision too."""
     try:
         chosen = torch.device(text)
-        torch.zeros(1, device=chosen).cpu()
+        torch.zeros(1, dtype=torch.float64, device=chosen).cpu()
         if chosen.type == "meta":
             raise RuntimeError("meta tensors hold no data")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a device of this machine; try cpu") from error
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        line = f"{text!r} is not a device of this machine with double precision; try cpu"
+        raise argparse.ArgumentTypeError(line) from error
     torch.backends.cudnn.deterministic = True  # the same seed must give the same weights
     return chosen
 
@@ -374,6 +383,11 @@ def run_to_end(training, maker: str, rank: int = 0, unit: str = "step") -> None:
     """
     options = training.options
     resume_training(training, maker)
+    if dist.is_initialized():
+        steps = [0] * dist.get_world_size()
+        dist.all_gather_object(steps, training.step)
+        if len({*steps}) > 1:
+            raise UserError(f"{options.checkpoint}: not the same on all machines: copy it to each, or delete it")
     if training.step and rank == 0:
         print(f"Going on from {unit} {training.step}, saved in {options.checkpoint}", flush=True)
     while training.step < training.steps:
