@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from scripting import UserError, load_file, refused_as, save_tensors
 
+LARGEST = 1e15  # weight of a generated network, with which its scores can still be computed
+
 
 def time_network(time_dim: int) -> nn.Sequential:
     """The time-embedding network: steps [batch, 1] -> [batch, time_dim]."""
@@ -185,11 +187,13 @@ def rollout(model: nn.Module, weights: Tensor, steps: int) -> Tensor:
     """Apply `model` `steps` times to `weights`: all states, the first included.
 
     `weights` [dimension] give [steps + 1, dimension]; several starts, [starts, dimension], go through the model as one
-    batch and give [steps + 1, starts, dimension].
+    batch and give [steps + 1, starts, dimension]. Raises UserError for weights that nothing can be computed with.
     """
     states = [torch.atleast_2d(weights)]
     for step in range(steps):
         states.append(model(states[-1], torch.full((len(states[-1]),), step, device=weights.device)))
+    if not all((state.abs() < LARGEST).all() for state in states):  # nor NaN
+        raise UserError("the model generates NaN, or weights beyond all measure: train it again with a lower --lr")
     return torch.stack(states).view(steps + 1, *weights.shape)
 
 

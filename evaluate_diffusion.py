@@ -9,10 +9,9 @@ import argparse
 from itertools import zip_longest
 
 from diffusion_model import rollout
-from evaluate_generalization import evaluation_parser
 from scripting import run_script, table
 from target_cnn import Score, find_runs, load_run, score_weights, scoring_data
-from universal.experiment.generators import load_generator
+from universal.experiment.generators import evaluation_parser, load_generator
 from universal.experiment.pictures import plot_comparison
 
 

@@ -18,16 +18,12 @@ from torch import Tensor
 from diffusion_model import rollout
 from scripting import (
     UserError,
-    add_data_options,
-    add_output_options,
     number,
-    option_parser,
     run_script,
     save_json,
     table,
 )
 from target_cnn import (
-    CHECKPOINTS,
     Score,
     TargetCNN,
     checkpoint_path,
@@ -43,7 +39,7 @@ from target_cnn import (
     train_with_adam,
     training_data,
 )
-from universal.experiment.generators import load_generator
+from universal.experiment.generators import evaluation_parser, load_generator
 from universal.experiment.pictures import plot_evaluation
 from universal.experiment.verdict import assess, cost, match_neurons, report, starting_points
 
@@ -76,8 +72,8 @@ def main() -> None:
         for directory, run in runs.items()
         for path, weights in zip(recorded_files(directory), run, strict=True)
     }
-    for index, init in enumerate(inits):
-        refuse_recorded(init, recorded, options.seed + index)
+    for seed in range(options.seed, options.seed + options.inits + bool(options.reference_epochs)):
+        refuse_recorded(random_init(seed), recorded, seed)
     directory, run = next(iter(runs.items()))
     log = load_log(directory)
     model = load_generator(options.model, len(inits[0]), options)
@@ -132,22 +128,6 @@ def train_reference(options: argparse.Namespace) -> Tensor:
     for _ in train_with_adam(model, data, options.reference_epochs, label="Reference CNN"):
         pass
     return flatten_weights(model).cpu()
-
-
-def evaluation_parser(description: str, plot: str, results: str | None = None) -> argparse.ArgumentParser:
-    """The options that both evaluations take. The seed is none that training uses by default."""
-    parser = option_parser(description, seed=1000)
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=Path("diffusion_optimizer.pth"),
-        help="what to evaluate: a diffusion model, or universal/synthesizer.pth",
-    )
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
-    parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
-    add_data_options(parser)
-    add_output_options(parser, plot, results)
-    return parser
 
 
 def refuse_recorded(init: Tensor, recorded: dict[str, Tensor], seed: int) -> None:

@@ -149,7 +149,7 @@ def find_runs(directory: Path) -> list[Path]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory: run train_target_model.py first")
-    runs = sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"run_\d+", path.name))
+    runs = recorded_runs(directory)
     if recorded_files(directory):
         if runs:
             raise UserError(f"{directory}: holds both weights_epoch_* files and {runs[0].name}: keep only one of them")
@@ -157,6 +157,11 @@ def find_runs(directory: Path) -> list[Path]:
     if not runs:
         raise UserError(f"{directory}: holds no weights_epoch_*.pth or .safetensors: run train_target_model.py first")
     return runs
+
+
+def recorded_runs(directory: Path) -> list[Path]:
+    """The directories `run_0001`, `run_0002` and so on in `directory`."""
+    return sorted(path for path in directory.iterdir() if path.is_dir() and re.fullmatch(r"run_\d+", path.name))
 
 
 def recorded_files(directory: Path) -> list[Path]:
@@ -234,7 +239,8 @@ def load_mnist(split: str, root: Path, device: torch.device | str = "cpu") -> Da
 def read_idx(archive: Path, shape: tuple[int, ...]) -> Tensor:
     """The bytes in one of MNIST's files, uint8 of this `shape`: of an archive, or of what it was unpacked to.
 
-    If neither can be read the archive is downloaded. Raises UserError if that fails.
+    If neither can be read the archive is downloaded, unless the root that it is to be under is missing: a mistyped one
+    is not made. Raises UserError if that fails.
     """
     for path in (archive, archive.with_suffix("")):
         with contextlib.suppress(OSError, EOFError, ValueError, zlib.error):
@@ -243,6 +249,8 @@ def read_idx(archive: Path, shape: tuple[int, ...]) -> Tensor:
         f"{archive}: is {'damaged' if archive.exists() else 'missing'} and could not be downloaded: "
         "give the directory that holds MNIST/raw with --data, or restore data/ from git"
     ):
+        if not archive.parents[2].is_dir():
+            raise FileNotFoundError(archive.parents[2])
         with urllib.request.urlopen(MNIST_MIRROR + archive.name, timeout=60) as response:
             content = response.read()
         downloaded = unpack_idx(content, shape)
@@ -257,7 +265,7 @@ def unpack_idx(content: bytes, shape: tuple[int, ...] | None = None) -> Tensor:
     """
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
-    if content[:3] != b"\x00\x00\x08":
+    if content[:3] != b"\x00\x00\x08" or len(content) < 4:
         raise ValueError("it does not begin as files of bytes in MNIST's format do")
     sizes = struct.unpack_from(f">{content[3]}I", content.ljust(4 + 4 * content[3]), 4)
     values = torch.tensor([], dtype=torch.uint8)
@@ -307,7 +315,8 @@ def train_with_adam(
     """Train `model` in place, and pause at the end of every epoch, after so many steps as `pauses` hold, and once so
     many seconds of training have passed as the `moments` say, in rising order.
 
-    An epoch is one pass over `data` in random order. It computes in bf16 if `use_bf16`, by default where that is fast.
+    An epoch is one pass over `data` in random order; one image that would be a batch by itself, of which a norm has no
+    statistics, is left out. It computes in bf16 if `use_bf16`, by default where that is fast.
     """
     device = data.labels.device
     use_bf16 = fast_bf16(device) if use_bf16 is None else use_bf16
@@ -320,6 +329,8 @@ def train_with_adam(
         model.train()
         total, seen = torch.zeros((), device=device), 0
         order = torch.randperm(len(data.labels)).to(device)  # drawn on the CPU: the same on every device
+        if len(order) % batch_size == 1 < len(order):
+            order = order[:-1]
         bar = tqdm(order.split(batch_size), desc=f"{label}, epoch {epoch}", leave=False, disable=None)
         for batch in bar:
             images, labels = data[batch]

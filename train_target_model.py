@@ -27,8 +27,8 @@ from target_cnn import (
     TargetCNN,
     checkpoint_path,
     fast_bf16,
-    find_runs,
     recorded_files,
+    recorded_runs,
     save_checkpoint,
     score,
     scoring_data,
@@ -63,9 +63,9 @@ def main() -> None:
         torch.manual_seed(options.seed + run)
         model = TargetCNN().to(options.device, memory_format=torch.channels_last)
         save_checkpoint(model, directory, 0)
-        for path in recorded_files(directory):
-            if path != checkpoint_path(directory, 0):  # of an earlier run, which must not mix with this one
-                path.unlink()
+        for stale in filter(Path.is_dir, directories[run:]):  # of earlier runs, which must not mix with this
+            for path in {*recorded_files(stale), stale / "training_log.json"} - {checkpoint_path(directory, 0)}:
+                path.unlink(missing_ok=True)
         log = []
         training = train_with_adam(model, train, options.epochs, options.lr, options.batch_size, use_bf16)
         for epoch, _, loss, seconds, _ in itertools.chain([(0, 0, None, 0.0, 0.0)], training):
@@ -83,12 +83,9 @@ def main() -> None:
 def run_directories(directory: Path, runs: int) -> list[Path]:
     """Where each run is recorded. Raises UserError where the other layout lies, which may be hours of work."""
     directories = [directory] if runs == 1 else [directory / f"run_{run:04d}" for run in range(1, runs + 1)]
-    if directory.is_dir() and any(directory.iterdir()):
-        try:
-            recorded = find_runs(directory)
-        except UserError:
-            recorded = []  # nothing recorded that could be mixed up
-        if not set(recorded) <= set(directories):
+    if directory.is_dir():
+        recorded = {*recorded_runs(directory), *([directory] if recorded_files(directory) else [])}
+        if not recorded <= {*directories}:
             raise UserError(f"{directory}: holds other recorded runs: delete them or choose another --checkpoints")
     return directories
 

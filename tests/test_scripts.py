@@ -208,6 +208,24 @@ def test_recording_again_leaves_nothing_of_the_longer_run_before(tmp_path, recor
     assert len(load_run(tmp_path)) == 2
 
 
+def test_a_recording_of_several_runs_that_is_killed_leaves_none_of_those_before(tmp_path, record, monkeypatch, refusal):
+    record("--runs", 3, "--epochs", 1, "--checkpoints", tmp_path / "runs")
+    seen = []
+    monkeypatch.setattr(train_target_model, "print_epoch", lambda *_: seen.append(0) or 1 / (3 - len(seen)))
+    with pytest.raises(ZeroDivisionError):
+        record("--runs", 3, "--epochs", 1, "--seed", 9, "--checkpoints", tmp_path / "runs")
+    assert "run_0003" in refusal(train_diffusion.main, "--checkpoints", tmp_path / "runs")
+
+
+def test_both_layouts_in_one_directory_are_not_recorded_over(tmp_path, record):
+    record("--epochs", 1, "--checkpoints", tmp_path)
+    (tmp_path / "run_0001").mkdir()
+    before = load_run(tmp_path)
+    with pytest.raises(UserError, match="other recorded runs"):
+        record("--epochs", 1, "--seed", 5, "--checkpoints", tmp_path)
+    assert torch.equal(load_run(tmp_path), before)
+
+
 def test_recording_leaves_nothing_of_another_program_s_run(tmp_path, record):
     for epoch in (0, 1, 5):
         (tmp_path / f"weights_epoch_{epoch}.safetensors").touch()
@@ -338,9 +356,22 @@ def test_a_diffusion_model_of_another_dimension_is_refused(checkpoints, tmp_path
     assert "networks of 10 weights, not 421642" in line
 
 
-def test_a_recorded_init_is_not_unseen(checkpoints, refusal):
+def test_a_recorded_init_is_not_unseen(checkpoints, refusal, monkeypatch):
     line = refusal(evaluate_generalization.main, "--checkpoints", checkpoints, "--seed", 0)
     assert "weights_epoch_0.pth" in line and "choose another --seed" in line
+    of_seed = evaluate_generalization.random_init
+    monkeypatch.setattr(evaluate_generalization, "random_init", lambda seed: of_seed(seed - 1001))  # the reference's
+    line = refusal(evaluate_generalization.main, "--checkpoints", checkpoints, "--inits", 1)
+    assert "weights_epoch_0.pth: equals the init of --seed 1001" in line
+
+
+@pytest.mark.parametrize("script", [evaluate_generalization, evaluate_diffusion])
+def test_a_model_that_generates_no_weights_is_refused(checkpoints, experiment, tmp_path, refusal, script):
+    content = torch.load(experiment / "diffusion_optimizer.pth", weights_only=True)
+    content["state_dict"]["output_scale"] *= 1e18
+    torch.save(content, tmp_path / "wild.pth")
+    options = ["--checkpoints", checkpoints, "--model", tmp_path / "wild.pth", "--plot", tmp_path / "p.png"]
+    assert "generates NaN, or weights beyond all measure" in refusal(script.main, *options)
 
 
 def test_a_damaged_training_log_is_named(checkpoints, refusal):
@@ -382,6 +413,22 @@ def test_bad_options_are_refused_before_any_work(script, options, refusal):
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta", ""])
 def test_unknown_devices_are_refused(device, refusal):
     assert f"{device!r} is not a device of this machine" in refusal(train_diffusion.main, "--device", device)
+
+
+def test_an_accelerator_without_double_precision_is_not_the_default(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name, default in (("mps", "cpu"), ("cuda", "cuda")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda name=name: torch.device(name))
+        assert option_parser("", 0).get_default("device") == default
+
+
+def test_what_the_system_refuses_gets_one_line(monkeypatch, refusal):
+    def closed(*_):
+        raise PermissionError(13, "Permission denied", "/closed/to/us")
+
+    monkeypatch.setattr(train_diffusion, "find_runs", closed)
+    line = refusal(lambda: run_script(train_diffusion.main))
+    assert line.endswith("error: /closed/to/us: Permission denied: choose another path")
 
 
 def test_training_that_diverges_saves_nothing_broken(checkpoints, tmp_path, refusal):

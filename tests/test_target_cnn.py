@@ -110,7 +110,7 @@ def archives(tmp_path, monkeypatch) -> Path:
     return raw
 
 
-@pytest.mark.parametrize("damage", ["truncated", "scrambled", "empty", "of another data set", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "cut short", "scrambled", "empty", "of another data set", "missing"])
 def test_a_broken_archive_is_named(tmp_path, archives, damage):
     archive = archives / "t10k-images-idx3-ubyte.gz"
     content = archive.read_bytes()
@@ -118,7 +118,13 @@ def test_a_broken_archive_is_named(tmp_path, archives, damage):
     if damage != "missing":
         scrambled = content[:1000] + bytes(100) + content[1100:]
         other = (archives / "t10k-labels-idx1-ubyte.gz").read_bytes()
-        contents = {"truncated": content[:1000], "scrambled": scrambled, "empty": b"", "of another data set": other}
+        contents = {
+            "truncated": content[:1000],
+            "cut short": bytes([0, 0, 8]),
+            "scrambled": scrambled,
+            "empty": b"",
+            "of another data set": other,
+        }
         archive.write_bytes(contents[damage])
     line = (
         r"t10k-images-idx3-ubyte\.gz: is (damaged|missing) and could not be downloaded: give .* with --data, or restore"
@@ -147,12 +153,13 @@ def test_what_is_missing_is_downloaded_and_nothing_else_touched(tmp_path, archiv
     written = labels.stat().st_mtime_ns
     assert torch.equal(load_mnist("test", tmp_path).images, load_mnist("test", RAW.parents[1]).images)
     assert labels.stat().st_mtime_ns == written
-    elsewhere = tmp_path / "new"
+    (elsewhere := tmp_path / "new").mkdir()
     load_mnist("test", elsewhere)
     assert {path.name for path in elsewhere.rglob("*.gz")} == {path.name for path in archives.iterdir()}
 
 
-def test_a_wrong_directory_of_data_is_not_made(tmp_path, archives):
+def test_a_wrong_directory_of_data_is_not_made(tmp_path, archives, monkeypatch):
+    monkeypatch.setattr(target_cnn, "MNIST_MIRROR", f"{RAW.as_uri()}/")
     with pytest.raises(UserError, match="is missing and could not be downloaded"):
         load_mnist("train", tmp_path / "no" / "such")
     assert not (tmp_path / "no").exists()
@@ -209,6 +216,12 @@ def test_a_training_pauses_where_it_is_asked_to_and_goes_on_as_if_it_had_not(few
     assert points == [(1, 2), (1, 5), (2, 7), (2, 10)]
     assert torch.equal(flatten_weights(whole), flatten_weights(paused))
     assert not torch.equal(flatten_weights(whole), flatten_weights(linear_with_dropout()))
+
+
+def test_a_single_image_that_is_left_over_is_no_batch_of_a_norm(few_images):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10))
+    assert [progress.step for progress in train_with_adam(model, few_images[:257], 1, batch_size=128)] == [2]
+    assert [progress.step for progress in train_with_adam(linear_with_dropout(), few_images[:1], 1)] == [1]
 
 
 def test_the_loss_and_the_seconds_of_a_training_are_of_the_epoch_so_far(few_images, monkeypatch):

@@ -1,4 +1,5 @@
-"""Generators of flat TargetCNN weights: the diffusion model, or the synthesiser behind the same interface."""
+"""Generators of flat TargetCNN weights: the diffusion model, or the synthesiser behind the same interface; and the
+options of the scripts that evaluate them."""
 
 import argparse
 from pathlib import Path
@@ -7,10 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_model import load_diffusion
-from scripting import load_file
-from target_cnn import Dataset, TargetCNN, flatten_weights, load_weights, training_data
+from scripting import add_data_options, add_output_options, load_file, number, option_parser
+from target_cnn import CHECKPOINTS, Dataset, TargetCNN, flatten_weights, load_weights, training_data
 from universal.model.synthesizer import GraphWeightSynthesizer, is_synthesizer, load_synthesizer
 from universal.rules.synthesis import write
+
+
+def evaluation_parser(description: str, plot: str, results: str | None = None) -> argparse.ArgumentParser:
+    """The options that both evaluations take. The seed is none that training uses by default."""
+    parser = option_parser(description, seed=1000)
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("diffusion_optimizer.pth"),
+        help="what to evaluate: a diffusion model, or universal/synthesizer.pth",
+    )
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="directory of the recorded weights")
+    parser.add_argument("--steps", type=number(int, 1, 1000), default=6, help="generative steps to take in a row")
+    add_data_options(parser)
+    add_output_options(parser, plot, results)
+    return parser
 
 
 def load_generator(path: Path, dimension: int, options: argparse.Namespace) -> nn.Module:
