@@ -25,6 +25,7 @@ from universal import __main__ as command
 from universal.data.fitting import fit
 from universal.data.images import load_images
 from universal.data.pictures import read_picture
+from universal.data.splits import split_images
 from universal.evaluation.comparison import CLEARLY, compare
 
 NETS = """
@@ -192,6 +193,22 @@ def test_folders_of_train_and_test_are_two_parts(tmp_path, name):
     assert torch.equal(found.test.pixels[1], read_picture(tmp_path / "set" / name / "blue" / "051.png", (8, 8), 3))
 
 
+def test_pictures_to_test_on_that_are_of_no_class_are_none(tmp_path):
+    make_folder(tmp_path / "set" / "train", 2)
+    (tmp_path / "set" / "test").mkdir()
+    picture(COLOURS["red"], 0).save(tmp_path / "set" / "test" / "1.png")
+    assert load_images(tmp_path / "set", size=(8, 8)).test is None
+    make_folder(tmp_path / "set" / "val", 1)
+    assert len(load_images(tmp_path / "set", size=(8, 8)).test) == 3
+
+
+def test_pictures_that_are_left_out_are_said(folder, capsys):
+    (folder / "red" / "000.png").write_bytes(b"no")
+    train, test = split_images(folder, 0, torch.device("cpu"), size=(8, 8))
+    assert len(train.labels) + len(test.labels) == 35
+    assert re.match(r"1 pictures left out; the first: \S+000.png: cannot be decoded", capsys.readouterr().err)
+
+
 def test_a_limit_draws_from_all_classes_and_processes_share_what_it_draws(folder, monkeypatch):
     whole = load_images(folder, size=(8, 8), limit=20)
     assert len(whole.train) == 20 and whole.train.labels.unique().tolist() == [0, 1, 2]
@@ -286,6 +303,18 @@ def test_numbers_that_are_pixels_are_kept_as_bytes_and_others_as_they_are(tmp_pa
     found = load_images(saved(tmp_path / "a.npz", content | {"images": pixels / 300 - 0.5}))
     assert found.train.pixels.dtype == torch.float32
     torch.testing.assert_close(found.train.mean, torch.tensor([pixels.mean() / 300 - 0.5], dtype=torch.float32))
+
+
+@pytest.mark.parametrize("change", [lambda pixels: pixels * 0.999, lambda pixels: pixels > 0])
+def test_images_to_test_on_are_in_the_units_of_those_to_learn_from(tmp_path, change):
+    content = arrays()
+    pixels = content["images"]
+    for first, second in ((pixels, change(pixels)), (change(pixels), pixels)):
+        given = {"images": first, "test_images": second, "test_labels": content["labels"]}
+        found = load_images(saved(tmp_path / "a.npz", content | {**given, "labels": content["labels"]}))
+        for part, values in ((found.train, first), (found.test, second)):
+            assert part.pixels.dtype == found.train.pixels.dtype
+            torch.testing.assert_close(part.pixels[:, 0].float(), torch.tensor(values).float())
 
 
 def test_one_hot_labels_and_names_of_classes_are_read(tmp_path):
@@ -633,7 +662,35 @@ def test_a_class_without_an_image_is_named(nets, tmp_path, capsys):
     content = arrays(shape=(3, 12, 12)) | {"classes": np.array(["dark", "middle", "light", "lost"])}
     written(nets, saved(tmp_path / "a.npz", content), model="linear(6)")
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("a.npz: holds no images of lost")
+    assert line.endswith("a.npz: none of the images used is of lost")
+
+
+def test_a_single_image_to_test_on_is_scored(nets, tmp_path):
+    content = arrays(shape=(3, 12, 12))
+    content |= {f"test_{name}": value[:1] for name, value in content.items()}
+    assert "00% on 1 test images" in written(nets, saved(tmp_path / "a.npz", content), "--evaluate")
+
+
+def test_too_few_images_to_compare_on_get_one_line(nets, tmp_path, refusal):
+    data = saved(tmp_path / "a.npz", arrays(shape=(3, 12, 12), each=1))
+    given = ("--model", f"{nets}:linear", "--data", data, "--out", tmp_path / "w.pth", "--compare")
+    assert "holds 3 images, too few to keep some apart" in refusal(command.main, *given)
+
+
+def test_what_is_written_before_one_fails_is_kept(nets, folder, tmp_path, refusal, monkeypatch):
+    write, seeds = command.write, []
+
+    def failing(*given, seed, **options):
+        seeds.append(seed)
+        if seed == 2:
+            raise ValueError("no more")
+        return write(*given, seed=seed, **options)
+
+    monkeypatch.setattr(command, "write", failing)
+    given = ("--model", f"{nets}:linear", "--data", folder, "--out", tmp_path / "w.pth", "--count", 4)
+    assert "no more" in refusal(command.main, *given)
+    assert seeds == [0, 1, 2]
+    assert sorted(path.name for path in tmp_path.glob("w*")) == ["w_1.json", "w_1.pth", "w_2.json", "w_2.pth"]
 
 
 def test_more_outputs_than_classes_are_fine(nets, folder, tmp_path):

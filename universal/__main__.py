@@ -113,18 +113,25 @@ def main() -> None:
     )
     if rank == 0:
         describe(images, options)
-    states = []
+        print(f"Writing {options.model}: seconds, or minutes where it is large", flush=True)
     for seed in range(options.seed, options.seed + options.count):
         torch.manual_seed(seed)
         with blaming(options):
             network = build().to(options.device)
-            report(network, seed, options, images, write_from, quiet=rank > 0)
-            states.append({name: tensor.cpu() for name, tensor in network.state_dict().items()})
-    if rank == 0:
-        save(states, options, images)
-        if options.compare:
+            start = time.perf_counter()
+            with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
+                accounts = write_from(network, images.train.to(options.device).loader(), seed=seed)
+            seconds = time.perf_counter() - start
+        if rank == 0:
+            path = save(network, seed, options, images)  # before it is scored, so that it is not lost
             with blaming(options):
-                show_comparison(options, build, images, write_from)
+                report(network, seed, options, images, accounts, seconds)
+            for warning in doubts:
+                print(f"{options.model}: {warning.message}", file=sys.stderr)
+            print(f"Weights saved to {path}, and how to use them to {path.with_suffix('.json')}", flush=True)
+    if rank == 0 and options.compare:
+        with blaming(options):
+            show_comparison(options, build, images, write_from)
     if rank == 0 and images.broken and not options.skip_broken:
         raise UserError(
             f"{options.data}: {len(images.broken)} of its pictures are broken, named above; what is saved was written "
@@ -167,31 +174,21 @@ def describe(images: ImageSet, options: argparse.Namespace) -> None:
 
 
 def report(
-    network: nn.Module, seed: int, options: argparse.Namespace, images: ImageSet, write_from: Callable, quiet: bool
+    network: nn.Module, seed: int, options: argparse.Namespace, images: ImageSet, accounts: Accounts, seconds: float
 ) -> None:
-    """Write `network`, of this `seed`, and print what that gave, with the accuracy if it is asked for."""
-    if not quiet and seed == options.seed:
-        print(f"Writing {options.model}: seconds, or minutes where it is large", flush=True)
-    start = time.perf_counter()
-    with warnings.catch_warnings(record=True, action="always", category=DoubtfulWeights) as doubts:
-        accounts = write_from(network, images.train.to(options.device).loader(), seed=seed)
-    milliseconds = 1000 * (time.perf_counter() - start)
-    if quiet:
-        return
-    line = f"Seed {seed}: wrote {accounts.count:,} weights in {milliseconds:.0f} ms"
+    """Print what writing `network`, of this `seed`, gave, with the accuracy if it is asked for."""
+    line = f"Seed {seed}: wrote {accounts.count:,} weights in {1000 * seconds:.0f} ms"
     if accounts.tries > 1:
         line += f", the best of {accounts.tries} tries"
     if options.evaluate:
         line += f", Accuracy = {accuracy_in_words(network, accounts, images, options.device)}"
     print(line, flush=True)
-    for warning in doubts:
-        print(f"{options.model}: {warning.message}", file=sys.stderr)
     if seed == options.seed and accounts.left:
         print(f"Left at their init: {', '.join(accounts.left)}")
     if seed == options.seed:
         missing = [images.classes[label] for label in accounts.missing if label < len(images.classes)]
         if missing:
-            print(f"{options.data}: holds no images of {', '.join(missing)}", file=sys.stderr)
+            print(f"{options.data}: none of the images used is of {', '.join(missing)}", file=sys.stderr)
 
 
 def accuracy_in_words(network: nn.Module, accounts: Accounts, images: ImageSet, device: torch.device) -> str:
@@ -203,18 +200,19 @@ def accuracy_in_words(network: nn.Module, accounts: Accounts, images: ImageSet, 
     return f"{accuracy_percent(network, images.test.to(device)):.2f}% on {len(images.test):,} test images"
 
 
-def save(states: list[dict], options: argparse.Namespace, images: ImageSet) -> None:
-    """Save what was written, each file with its .json beside it, or neither."""
-    for index, state in enumerate(states, start=1):  # only now: a network that cannot be written leaves no file
-        path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
-        text = json.dumps({"model": options.model} | images.record(), indent=2, ensure_ascii=False) + "\n"
+def save(network: nn.Module, seed: int, options: argparse.Namespace, images: ImageSet) -> Path:
+    """Save what was written, with its .json beside it, or neither; the path."""
+    index = seed - options.seed + 1
+    path = options.out if options.count == 1 else options.out.with_stem(f"{options.out.stem}_{index}")
+    state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+    text = json.dumps({"model": options.model} | images.record(), indent=2, ensure_ascii=False) + "\n"
 
-        def write_both(temporary: Path, path=path, state=state, text=text) -> None:
-            temporary.write_text(text, encoding="utf-8")
-            save_tensors(path, state)
+    def write_both(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+        save_tensors(path, state)
 
-        save_file(path.with_suffix(".json"), write_both)
-        print(f"Weights saved to {path}, and how to use them to {path.with_suffix('.json')}")
+    save_file(path.with_suffix(".json"), write_both)
+    return path
 
 
 def show_comparison(
@@ -225,6 +223,8 @@ def show_comparison(
     if images.test is None:  # neither of the two is to know those that score
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(options.seed)).to(options.device)
         known, kept = order[len(order) // FOLDS :], order[: len(order) // FOLDS]
+        if not len(kept):
+            raise UserError(f"{options.data}: holds {len(train)} images, too few to keep some apart for --compare")
         train, scored, named = train.at(known), train.at(kept), f"{len(kept):,} others"
     else:
         scored, named = images.test.to(options.device), f"{len(images.test):,} test images"

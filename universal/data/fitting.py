@@ -29,7 +29,7 @@ def fit(
     module: nn.Module, own_channels: int, own_size: tuple[int, int], channels: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Fit:  # fmt: skip
-    """The first way, of those nearest to the images' own channels and size, that a module takes them.
+    """The first way that a module takes images: of their own size, or else of SIDES, in their own channels or others.
 
     Raises ValueError, with the module's own error and its line, if it takes them in none.
     """

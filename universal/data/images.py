@@ -71,7 +71,7 @@ class ImageSet(NamedTuple):
             "classes": self.classes,
             "size": [*self.fit.size],  # height, width
             "channels": self.fit.channels,
-            "mean": self.train.mean.tolist(),  # of each channel, of pixels from 0 to 1
+            "mean": self.train.mean.tolist(),  # of each channel, of bytes as numbers from 0 to 1
             "deviation": self.train.deviation.tolist(),
             "shape": [*self.fit.shape],  # of one image, as the network takes it
         }
@@ -83,8 +83,8 @@ def load_images(
 ) -> ImageSet:  # fmt: skip
     """The labelled images at `path`, in one of the formats of `sources.py`, as `module` takes them.
 
-    Without a `size` (height, width) or `channels` (1 or 3) they are those nearest to the images' own that it takes; and
-    without a module, their own. Of more than `limit` training images so many are drawn, always the same. Of several
+    Without a `size` (height, width) or `channels` (1 or 3) they are the first that it takes, as `fit` says; and without
+    a module, the images' own. Of more than `limit` training images so many are drawn, always the same. Of several
     processes, each has its share of them, and the first the test images. Raises UserError, in one line, if that cannot
     be.
     """
@@ -112,6 +112,8 @@ def load_images(
     if processes > 1:
         broken = [line for lines in gathered(broken) for line in lines]
     if any(part is not None and not len(part) for part in (train, test)):
+        if not broken:
+            raise UserError(f"{path}: holds {count} images for {processes} processes: use fewer")
         raise UserError(f"{path}: none of its pictures can be decoded; {broken[0]}")
     return ImageSet(train, test, source.classes, fitted, broken)
 

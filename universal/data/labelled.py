@@ -47,6 +47,10 @@ class Keyed(NamedTuple):
         """Those of the `count` smallest keys, in their order."""
         return self.at(self.keys.argsort(stable=True)[:count])
 
+    def copied(self, device: torch.device | str) -> "Keyed":
+        """Copies on a device: a part of a tensor would be sent as the whole of it."""
+        return Keyed(*(values.to(device, copy=True) for values in self))
+
 
 class LabelledImages:
     """Images and labels that can be passed over in batches.
@@ -64,16 +68,16 @@ class LabelledImages:
         self.source, self.device, self.seed = source_of(images, labels), device, seed
         self.multipliers = torch.empty(0, dtype=torch.long)
         total, firsts, kept = self._survey(limit)
-        sample, keys, whole = kept.least(LARGEST_SAMPLE), kept.keys, len(kept.keys) == min(total, limit)
+        sample, keys, whole = kept.at(slice(LARGEST_SAMPLE)), kept.keys, len(kept.keys) == min(total, limit)
         if is_shared():
-            parts = gathered((total, firsts, sample, keys, whole))
+            parts = gathered((total, firsts, sample.copied("cpu"), keys.cpu(), whole))
             total, whole = sum(part[0] for part in parts), all(part[4] for part in parts)
             firsts = {
                 label: min(part[1].get(label, key) for part in parts)
                 for part in parts
                 for label, key in part[1].items()
             }
-            sample = joined([part[2] for part in parts]).least(LARGEST_SAMPLE)
+            sample = joined([part[2] for part in parts]).least(LARGEST_SAMPLE).copied(kept.keys.device)
             keys = torch.cat([part[3] for part in parts])
         refuse_unusable(total, firsts, sample.images)
         self.count, self.threshold = min(total, limit), None
@@ -83,7 +87,7 @@ class LabelledImages:
         self.firsts = torch.tensor([firsts[label] for label in self.present], device=device)
         self.numbers = torch.full((max(self.present) + 1,), -1, device=device)
         self.numbers[self.present] = torch.arange(len(self.present), device=device)
-        sample = sample.least(max(SAMPLE, int(OF_ALL * self.count)))
+        sample = sample.at(slice(sample_size(self.count)))
         self.sample = self._batch(self._used(sample))
         self.resident = self._batch(self._used(kept)) if whole else None
         self.shape = tuple(self.sample.images.shape[1:])
@@ -114,12 +118,12 @@ class LabelledImages:
                 key = keyed.keys[keyed.labels == label].min().item()
                 firsts[label] = min(firsts.get(label, key), key)
             parts.append(keyed)
-            most = min(limit, max(LARGEST_SAMPLE, RESIDENT // max(keyed.images[0].numel(), 1)))
+            most = min(limit, max(sample_size(limit), RESIDENT // max(keyed.images[0].numel(), 1)))
             if sum(len(part.keys) for part in parts) > 2 * most:
                 parts = [joined(parts).least(most)]
         if not total:
             raise ValueError("there are no images: give some of two classes or more")
-        return total, firsts, joined(parts).least(most if min(total, limit) <= most else LARGEST_SAMPLE)
+        return total, firsts, joined(parts).least(most if min(total, limit) <= most else sample_size(limit))
 
     def _keyed(self, images: Tensor, labels: Tensor) -> Keyed:
         """Images with their keys."""
@@ -139,6 +143,11 @@ class LabelledImages:
         keys, images, labels = (values.to(self.device) for values in keyed)
         numbers = self.numbers[labels]
         return Batch(images, numbers, ((keys >> 32) % FOLDS).where(keys != self.firsts[numbers], FOLDS - 1))
+
+
+def sample_size(count: int) -> int:
+    """How many of so many images are in the sample."""
+    return min(max(SAMPLE, int(OF_ALL * count)), LARGEST_SAMPLE)
 
 
 def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
@@ -200,7 +209,7 @@ def checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("the images hold NaN or infinite values: leave such images out")
     if bounds.abs().max() > LARGEST:
         raise ValueError(f"the images hold values beyond {LARGEST:,}: standardise them")
-    labels = labels.detach()
+    labels = labels.detach().to(images.device)
     if labels.dim() == 2 and labels.shape[1] > 1:
         if not bool(((labels == 0) | (labels == 1)).all() & (labels.sum(1) == 1).all()):
             raise ValueError(
@@ -256,7 +265,7 @@ def agreed(value: float) -> float:
 
 
 def gathered(value) -> list:
-    """What each process has, in their order. Tensors come on the CPU."""
+    """What each process has, in their order. Tensors come on the devices that they were on."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, value)
     return parts

@@ -26,8 +26,6 @@ MOST_PIXELS = 64  # a side, of pictures for a network that takes any size
 class PictureFiles:
     """Pictures in files, with the number of each one's class."""
 
-    resizable = True  # their own size says little of how large they are to be
-
     def __init__(self, paths: Sequence[Path], labels: Tensor):
         self.paths, self.labels = list(paths), labels
 
@@ -59,8 +57,12 @@ class PictureFiles:
                 return f"{chosen[place]}: cannot be decoded ({in_short(error)})"
             return None
 
-        # Closed first, so that nothing goes on after Ctrl-C.
-        with ThreadPoolExecutor() as pool, closing(pool.map(decode, range(len(chosen)))) as lines:
+        # Closed first, so that nothing goes on after Ctrl-C. Ignored are warnings of sizes, and of broken metadata.
+        with (
+            warnings.catch_warnings(action="ignore"),
+            ThreadPoolExecutor() as pool,
+            closing(pool.map(decode, range(len(chosen)))) as lines,
+        ):
             bar = tqdm(lines, desc="Decoding pictures", total=len(chosen), delay=2, leave=False, disable=None)
             for place, line in enumerate(bar):
                 (kept if line is None else broken).append(place if line is None else line)
@@ -75,7 +77,7 @@ def read_picture(path: Path | str, size: Sequence[int], channels: int) -> Tensor
     `size` is (height, width). Raises OSError, or what else Pillow does, if it cannot be decoded.
     """
     height, width = size
-    with warnings.catch_warnings(action="ignore"), opened(path) as picture:  # of sizes, and of broken metadata
+    with opened(path) as picture:
         picture.draft(None, (2 * width, 2 * height))  # of a large JPEG only as much as is needed
         picture = ImageOps.exif_transpose(picture)
         if picture.mode[0] in "IF":

@@ -1,6 +1,6 @@
 """The files that labelled images may lie in: one entry of FORMATS a kind."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,6 @@ ARRAYS = "images and labels, and maybe test_images, test_labels and classes"
 class PixelArray:
     """Images in memory, [N, C, H, W], uint8 or float32, with the number of each one's class, [N]."""
 
-    resizable = False
-
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
 
@@ -39,7 +37,7 @@ class PixelArray:
     def read(self, index: Tensor, size: tuple[int, int], channels: int) -> tuple[Tensor, Tensor, list[str]]:
         """The images of this `index`, [n, channels, *size], their labels [n], and an empty list: none is broken."""
         parts = [converted(self.images[part], size, channels) for part in index.split(PART)]
-        return torch.cat(parts) if parts else self.images[:0], self.labels[index], []
+        return torch.cat(parts), self.labels[index], []
 
 
 class Source(NamedTuple):
@@ -84,13 +82,12 @@ def idx_directory(path: Path) -> Source | None:
     return source_of_arrays(directory, arrays)
 
 
-def idx_file(directory: Path, *words: str) -> Tensor:
-    """The bytes of a directory's one file that has the first or last of these words, and the second, in its name."""
-    part, content, other = (*words, words[0])[:3]
+def idx_file(directory: Path, part: str, content: str, other: str | None = None) -> Tensor:
+    """The bytes of a directory's one file that has this part, or the other, and the content in its name."""
     found = [
         file for file in sorted(directory.glob("*-ubyte*"))
         if file.name.endswith(("-ubyte", "-ubyte.gz")) and f"-{content}-" in file.name
-        and any(word in file.name for word in (f"{part}-", f"{other}-"))
+        and any(f"{word}-" in file.name for word in (part, other or part))
     ]  # fmt: skip
     names = {file.name.removesuffix(".gz") for file in found}
     if len(names) != 1:
@@ -110,7 +107,8 @@ def picture_folder(path: Path) -> Source | None:
     train, test = path, None
     if "train" in folders and picture_classes(folders["train"]):
         train = folders["train"]
-        test = next((folders[name] for name in ("test", "val") if name in folders), None)
+        tests = (folders[name] for name in ("test", "val") if name in folders)
+        test = next(filter(picture_classes, tests), None)
     classes = [folder.name for folder in picture_classes(train)]
     return Source(picture_files(train, classes), test and picture_files(test, classes), classes)
 
@@ -144,10 +142,14 @@ def source_of_arrays(path: Path, arrays: Mapping) -> Source:
         raise UserError(f"{path}: holds {held}, but no {' and no '.join(missing)}: it needs {ARRAYS}")
     if ("test_images" in arrays) != ("test_labels" in arrays):
         raise UserError(f"{path}: holds only one of test_images and test_labels: add the other, or leave both out")
-    parts = [pixel_array(path, arrays, prefix) for prefix in ("", "test_") if f"{prefix}images" in arrays]
-    if len(parts) == 2 and parts[0].look()[0] != parts[1].look()[0]:
+    images, labels = zip(
+        *(pixels_and_labels(path, arrays, prefix) for prefix in ("", "test_") if f"{prefix}images" in arrays),
+        strict=True,
+    )
+    if len({part.shape[1] for part in images}) > 1:
         raise UserError(f"{path}: images and test_images have other channels: give both alike")
-    count = 1 + max(int(part.labels.max()) if len(part.labels) else 0 for part in parts)
+    parts = [PixelArray(*part) for part in zip(in_one_unit(images), labels, strict=True)]
+    count = 1 + max(int(part.max()) for part in labels)
     names = arrays.get("classes")
     classes = [*map(str, range(count))] if names is None else [str(name) for name in np.asarray(names).tolist()]
     if len(classes) < count:
@@ -155,8 +157,8 @@ def source_of_arrays(path: Path, arrays: Mapping) -> Source:
     return Source(parts[0], parts[1] if len(parts) == 2 else None, classes)
 
 
-def pixel_array(path: Path, arrays: Mapping, prefix: str) -> PixelArray:
-    """The images and labels of these names. Raises UserError if they are none."""
+def pixels_and_labels(path: Path, arrays: Mapping, prefix: str) -> tuple[Tensor, Tensor]:
+    """The images [N, C, H, W] and labels [N] of these names. Raises UserError if they are none."""
     images, labels = (tensor_of(path, f"{prefix}{name}", arrays[f"{prefix}{name}"]) for name in ("images", "labels"))
     given = f"{path}: {prefix}images have the shape {[*images.shape]}"
     if images.dim() not in (3, 4) or not images.numel():
@@ -169,7 +171,7 @@ def pixel_array(path: Path, arrays: Mapping, prefix: str) -> PixelArray:
         _, labels = checked(torch.zeros(len(images), 1), labels)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    return PixelArray(pixels_of(images), labels)
+    return images, labels
 
 
 def tensor_of(path: Path, name: str, values) -> Tensor:
@@ -180,19 +182,25 @@ def tensor_of(path: Path, name: str, values) -> Tensor:
         return torch.as_tensor(values)
 
 
-def pixels_of(images: Tensor) -> Tensor:
-    """Images as uint8 if they are whole numbers from 0 to 255, and as float32 otherwise."""
-    if images.dtype == torch.uint8:
-        return images
-    images = images.float()
-    whole = 1 < images.max() <= 255 and images.min() >= 0 and bool((images == images.round()).all())
-    return images.to(torch.uint8) if whole else images
+def in_one_unit(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Those to learn from and those to test on, as uint8 if all are whole numbers from 0 to 255, else as float32."""
+
+    def is_whole(images: Tensor) -> bool:
+        return bool(images.min() >= 0 and (images == images.round()).all())
+
+    if all(images.dtype == torch.uint8 for images in parts):
+        return list(parts)
+    numbers = [images.float() for images in parts]
+    if 1 < max(images.max() for images in numbers) <= 255 and all(map(is_whole, numbers)):
+        return [images.to(torch.uint8) for images in numbers]
+    return numbers
 
 
 def converted(images: Tensor, size: tuple[int, int], channels: int) -> Tensor:
     """Images [n, C, H, W] as [n, channels, *size], of the same dtype."""
     if images.shape[1] == 3 and channels == 1:
-        images = torch.einsum("nchw,c->nhw", images.float(), torch.tensor(LUMA)).unsqueeze(1).to(images.dtype)
+        grey = torch.einsum("nchw,c->nhw", images.float(), torch.tensor(LUMA)).unsqueeze(1)
+        images = grey.round().to(torch.uint8) if images.dtype == torch.uint8 else grey
     if images.shape[2:] != size:
         images = F.interpolate(images, size, mode="bilinear", antialias=True)
     return images.expand(-1, channels, -1, -1)

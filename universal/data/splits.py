@@ -25,6 +25,8 @@ def split_images(
     if path is None:
         return training_data(MNIST, validation, device), scoring_data(MNIST, validation, device)
     found = load_images(path, module, size, channels, limit=sys.maxsize)
+    if found.broken:
+        print(f"{len(found.broken)} pictures left out; the first: {found.broken[0]}", file=sys.stderr)
     train, test = (part and in_memory(part, device) for part in (found.train, found.test))
     if test is not None and not validation:
         return train, test

@@ -9,7 +9,7 @@ from torch import nn
 from scripting import table
 from target_cnn import score
 from universal.data.images import LabelledPixels
-from universal.evaluation.clock import BATCH, RATES, Training, built, most_steps
+from universal.evaluation.clock import RATES, Training, built, most_steps
 from universal.reading.graph import ComputationGraph, Logits, in_fastest_layout
 
 CLEARLY = 0.5  # points ahead, by which a network is passed
@@ -42,22 +42,22 @@ def compare(
     write(network, train)
     seconds = time.perf_counter() - start
     written = Point(seconds, accuracy_percent(network, scored))
-    if len(train) % BATCH == 1:  # a batch of one has no statistics for a norm
-        train = train.at(slice(len(train) - 1))
     enough = min(written.accuracy_percent + CLEARLY, 100)
     last = most_steps(len(train))
     curves = {}
     for lr in RATES:
         network = fast(built(build, seed, train.labels.device).float(), train)  # steps are lost in half precision
         training = Training(network, train, scored, lr, seed, seconds, last)
-        training.run({"end": lambda at, curve=training.curve: curve[-1][1] >= enough or at.step >= last})
+        training.run({
+            "end": lambda at, curve=training.curve: at.step >= last or (len(curve) > 1 and curve[-1][1] >= enough)
+        })  # fmt: skip
         curves[lr] = [Point(*point) for point in training.curve[1:]]
     return Comparison(written, curves)
 
 
 def accuracy_percent(network: nn.Module, images: LabelledPixels) -> float:
     """The accuracy of `network`, in the precision that it takes."""
-    graph = ComputationGraph(network, images[:2][0])
+    graph = ComputationGraph(network, images[[0, -1]][0])  # two even of one
     precision = next(graph.module.parameters()).dtype
     return score(Logits(graph), images.to(images.labels.device, precision)).accuracy_percent
 
