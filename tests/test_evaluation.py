@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import assert_png, printed, small_synthesizer
 
+from scripting import UserError
 from target_cnn import Progress, score, train_with_adam
 from universal import evaluate
 from universal.data import splits
@@ -99,9 +100,18 @@ def test_the_synthesiser_that_is_named_writes_all_networks(from_digits, tmp_path
         return write(network, *data, synthesizer=synthesizer, **options)
 
     monkeypatch.setattr(from_data, "write", spy)
-    record, _ = from_digits("--images", 100, "--networks", NETWORKS[0], "--synthesizer", tmp_path / "other.pth")
+    from_digits("--images", 100, "--networks", NETWORKS[0], "--synthesizer", tmp_path / "other.pth")
     assert seen == [64] * 4  # two inits, and what is simpler
-    assert record["settings"]["synthesizer"] == "other.pth"
+
+
+def test_rows_of_another_file_of_the_same_name_are_not_gone_on_from(from_digits, tmp_path):
+    options = ("--images", 100, "--networks", NETWORKS[0], "--synthesizer", tmp_path / "s.pth")
+    save_synthesizer(small_synthesizer(7), tmp_path / "s.pth")
+    from_digits(*options)
+    assert "Going on from 1 rows" in from_digits(*options)[1]
+    save_synthesizer(small_synthesizer(8), tmp_path / "s.pth")
+    with pytest.raises(UserError, match="is of another evaluation"):
+        from_digits(*options)
 
 
 def made_up(network: str, mean: float, matched: float | None) -> dict:
@@ -216,7 +226,7 @@ def test_a_curve_says_when_adam_matches_and_when_it_is_over(monkeypatch, digits)
     training = clock.Training(start(0), digits[:500], digits[:100], 1e-3, seed=0, seconds=1.0, most_steps=60)
     training.curve = [(0.0, 10.0), (1.0, 50.0), (2.0, 40.0), (4.0, 80.0), (7.9, 80.05)]
     assert training.matched(30) == 0.5 and training.matched(50) == 1 and training.matched(70) == 3.5
-    assert training.matched(90) is None
+    assert training.matched(90) is None and training.matched(10) == training.matched(5) == 1  # as it is at the start
 
     monkeypatch.setattr(clock, "FEWEST_STEPS", 50)
     early, late, last = (Progress(1, step, 0.0, 0.0, 8.0) for step in (49, 59, 60))

@@ -9,6 +9,7 @@ everything it found. A run that was killed goes on where it was, from its result
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -57,7 +58,11 @@ def parse_options() -> argparse.Namespace:
     )  # fmt: skip
     add_output_options(parser, plot="assets/universal.png", results="universal_results.json")
     add_validation_option(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    for name in options.data:
+        if name != "mnist" and not Path(name).exists():
+            parser.error(f"--data {name}: no such file or directory: give mnist, or labelled images")
+    return options
 
 
 def main() -> None:
@@ -102,7 +107,8 @@ def started(options: argparse.Namespace) -> dict:
     """The record of an evaluation on data sets: of one that was killed, if it had the same options, or an empty one."""
     settings = {
         "seed": options.seed, "inits": options.inits, "validation": options.validation, "device": str(options.device),
-        "synthesizer": options.synthesizer.name, "threads": torch.get_num_threads(), "bf16": fast_bf16(options.device),
+        "synthesizer": hashlib.sha256(options.synthesizer.read_bytes()).hexdigest(),
+        "threads": torch.get_num_threads(), "bf16": fast_bf16(options.device),
     }  # fmt: skip
     if not options.results.exists():
         return {"settings": settings, "rows": []}

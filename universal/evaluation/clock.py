@@ -87,10 +87,15 @@ class Training:
         return stopped or progress.step >= self.most_steps
 
     def matched(self, accuracy: float) -> float | None:
-        """Seconds to this accuracy, on straight lines between the points of the curve; None if it is not reached."""
+        """Seconds to this accuracy, on straight lines between the points of the curve; None if it is not reached.
+
+        Where the start has it, those of the first moment after.
+        """
         for (earlier, lower), (later, higher) in pairwise(self.curve):
+            if lower >= accuracy:
+                return later
             if higher >= accuracy:
-                return earlier + (later - earlier) * max(accuracy - lower, 0) / max(higher - lower, 1e-9)
+                return earlier + (later - earlier) * (accuracy - lower) / (higher - lower)
         return None
 
     def _accuracy(self) -> float:

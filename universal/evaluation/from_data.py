@@ -122,8 +122,6 @@ def evaluate_from_data(
 ) -> dict:
     """A network written from the first `count` images, or all, beside Adam and beside what is simpler."""
     train, device, build = data.known[:count], data.test.images.device, EVALUATED[name]
-    if len(train.labels) % BATCH == 1:
-        train = train[:-1]  # of a batch of one, a norm has no statistics
 
     def laid_out(network: nn.Module) -> nn.Module:
         return in_fastest_layout(network, train.images[:2])
