@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import os
 import random
 import re
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
+from scripting import UserError
+from target_cnn import Dataset
 from universal import load_synthesizer, train, write
 from universal.evaluation.networks import EVALUATED_SHAPES, mlp
 from universal.model.synthesizer import fresh_init, save_synthesizer
@@ -29,7 +32,7 @@ from universal.training import architectures, specialist, training
 from universal.training.architectures import ACTIVATIONS, FAMILIES, draw_architecture, parameter_shapes
 from universal.training.blocks import BLOCKS, Maps
 from universal.training.specialist import Gain, conclusion_of
-from universal.training.tasks import KINDS, draw_task
+from universal.training.tasks import KINDS, draw_task, own_kind
 
 OPTIONS = ["--networks", 1, "--families", "rows", "--tasks", "mnist"]
 
@@ -205,17 +208,18 @@ def test_a_seed_gives_the_same_training_again_and_another_another(trained, start
 def test_a_gradient_that_is_not_finite_is_left_out(state, monkeypatch):
     learning = state("--networks", 2)
     before = [parameter.clone() for parameter in learning.synthesizer.parameters()]
-    grad, spoil = torch.autograd.grad, [True, False]
+    grad, spoil = torch.autograd.grad, iter([True, True, True, False])
 
     def spoiled(*arguments, **options):
         found = grad(*arguments, **options)
-        return [each if each is None or not spoil[0] else each * torch.nan for each in found]
+        return [None if each is None else each * torch.nan for each in found] if next(spoil) else found
 
     monkeypatch.setattr(torch.autograd, "grad", spoiled)
-    learning.one_step()
+    with pytest.raises(UserError, match=r"diverged at step 0: lower --lr, and delete .*training\.pth if it is there"):
+        learning.run(1)
     assert all(map(torch.equal, before, learning.synthesizer.parameters()))
-    spoil[0] = False
-    learning.one_step()
+    learning.run(1)
+    assert math.isfinite(learning.loss)
     assert not all(map(torch.equal, before, learning.synthesizer.parameters()))
     assert all(parameter.isfinite().all() for parameter in learning.synthesizer.parameters())
 
@@ -385,6 +389,23 @@ def test_a_specialist_begins_with_the_general_one_and_does_not_replace_it(own, t
     assert "black.pt: all pixels are of one value" in said
     monkeypatch.setattr(sys, "argv", ["train", "--data", str(own), "--out", str(tmp_path / "s.pth")])
     assert train.parse_options().start_from == train.SYNTHESIZER
+
+
+def test_many_classes_of_ones_own_are_drawn_some_at_a_time():
+    images, labels = torch.rand(800, 1, 8, 8), torch.arange(400).repeat(2)
+    kind = own_kind(Dataset(images, labels))
+    for seed in range(3):
+        task = draw_task(random.Random(seed), 192, 128, {"own": kind})
+        assert task.classes <= 20 and {*task.train.labels.tolist()} == {*range(task.classes)}
+
+
+def test_one_class_to_learn_from_is_refused(tmp_path, refusal):
+    labels = torch.tensor([0] * 30 + [1])
+    order = torch.randperm(31, generator=torch.Generator().manual_seed(0))  # as they are split
+    labels = labels[torch.argsort(order)]
+    torch.save({"images": torch.rand(31, 1, 16, 16), "labels": labels}, tmp_path / "one.pt")
+    said = refusal(train.main, "--data", tmp_path / "one.pt", "--out", tmp_path / "s.pth")
+    assert "one.pt: one class alone has images to learn from" in said
 
 
 def test_a_gain_is_what_adam_needs_at_its_best_rate(monkeypatch, train_digits):

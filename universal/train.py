@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from scripting import UserError, add_training_options, number, option_parser, run_script, run_to_end, start_processes
+from target_cnn import Dataset
 from universal.data.sources import DATA_HELP
 from universal.data.splits import split_images
 from universal.model.synthesizer import MAKER, SYNTHESIZER, load_synthesizer, save_synthesizer
@@ -65,6 +66,8 @@ def main() -> None:
         print(f"Using device: {options.device}, processes: {processes}")
         print(f"Training a synthesiser of {parameters:,} parameters for {options.steps} steps", flush=True)
     run_to_end(training, MAKER, rank)
+    if processes > 1:
+        dist.destroy_process_group()
     if rank == 0:
         synthesizer = training.average.module.cpu()
         synthesizer.seconds = {
@@ -76,11 +79,10 @@ def main() -> None:
         print(f"Trained in {training.seconds / 60:.1f} min")
         print(f"Synthesiser saved to {options.out}", flush=True)
         if own is not None:
-            before = load_synthesizer(options.start_from)
-            gains = [gain(before, synthesizer, *own, options.seed + place) for place in range(NETWORKS)]
+            before, after = (load_synthesizer(path, options.device) for path in (options.start_from, options.out))
+            own = [Dataset(*(values.to(options.device) for values in part)) for part in own]
+            gains = [gain(before, after, *own, options.seed + place) for place in range(NETWORKS)]
             print(conclusion_of(gains, training.seconds))
-    if processes > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import nn
 
 from target_cnn import Dataset, score
-from universal.evaluation.clock import BATCH, RATES, Training, built, most_steps
+from universal.evaluation.clock import RATES, Training, built, most_steps
 from universal.evaluation.networks import EVALUATED_SHAPES
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.rules.synthesis import write
@@ -38,8 +38,6 @@ def gain(
     before: GraphWeightSynthesizer, after: GraphWeightSynthesizer, train: Dataset, scored: Dataset, seed: int
 ) -> Gain:
     """What a random network of this `seed`, written from `train`, gains on the images `scored`."""
-    if len(train.labels) % BATCH == 1:
-        train = train[:-1]  # of a batch of one, a norm has no statistics
     scored, classes = scored[:ON_THE_WAY], int(train.labels.max()) + 1
 
     def build() -> nn.Module:

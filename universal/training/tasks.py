@@ -1,7 +1,7 @@
 """Data sets that are drawn at random, as `architectures.py` draws networks: labelled images of a few classes.
 
 The repository's MNIST, the glyphs of the fonts that come with matplotlib, and what a few lines make: leaves that hide
-each other, whose statistics are those of photographs, waves, textures and outlines. Nothing is downloaded.
+each other, whose statistics are those of photographs, waves, textures and outlines.
 """
 
 import math
@@ -33,6 +33,7 @@ GLYPH = 36  # pixels along a side of a glyph, before it is warped
 SIDES = (16, 32)  # of images, pixels
 LAST_DIGITS = 5000  # of MNIST's training images, that no task has
 LEAVES = 30  # in an image
+MOST_CLASSES = 20
 
 
 class Task(NamedTuple):
@@ -211,7 +212,7 @@ class Kind(NamedTuple):
 
     share: float  # of those that are drawn
     make: Callable[[random.Random, Tensor, int, int], Tensor]
-    classes: int = 20  # at most
+    classes: int = MOST_CLASSES  # at most
 
 
 KINDS: dict[str, Kind] = {
@@ -227,7 +228,7 @@ HELD_OUT_KINDS: dict[str, Kind] = {
 def own_kind(data: Dataset) -> Kind:
     """That of data sets of some classes of one's own images."""
     found = apart(data)
-    return Kind(1, partial(of_labelled, made=lambda: found), len(found.where))
+    return Kind(1, partial(of_labelled, made=lambda: found), min(len(found.where), MOST_CLASSES))
 
 
 # ---- what is done to all of them -------------------------------------------------------------------------------------

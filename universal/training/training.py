@@ -1,7 +1,6 @@
 """Training what is learned of writing layers, over random data sets and random architectures: what a step does."""
 
 import argparse
-import math
 import random
 
 import torch
@@ -46,7 +45,7 @@ def reward(
 
 class Training:
     """The state of a training, for `run_to_end`: everything that a step changes. With one's `own` images it learns from
-    data sets of these alone. Raises UserError if these are all alike."""
+    data sets of these alone. Raises UserError if these are all alike, or all of one class."""
 
     def __init__(self, options: argparse.Namespace, rank: int, processes: int, own: Dataset | None = None):
         self.options, self.rank, self.processes, self.steps = options, rank, processes, options.steps
@@ -54,6 +53,8 @@ class Training:
         if own is not None:
             if own.images.min() == own.images.max():
                 raise UserError(f"{options.data}: all pixels are of one value: give images that differ")
+            if len(own.labels.unique()) < 2:
+                raise UserError(f"{options.data}: one class alone has images to learn from: give more of the others")
             self.kinds = {"own": own_kind(own)}
         torch.manual_seed(options.seed)
         start, self.from_nothing = options.start_from, options.start_from is None
@@ -69,19 +70,18 @@ class Training:
         self.step, self.seconds, self.loss = 0, 0.0, float("nan")
 
     def run(self, until: int) -> None:
-        """Train up to step `until`. Raises UserError if a loss is not finite, or nothing can be written."""
+        """Train up to step `until`. Raises UserError if nothing can be written or learned."""
         losses = []
         while self.step < until:
             try:
                 losses.append(self.one_step())
             except torch.linalg.LinAlgError as error:  # weights so large that no regression can be solved
                 raise UserError(
-                    f"training diverged at step {self.step}, nothing saved since the last report: lower --lr"
+                    f"training diverged at step {self.step}: lower --lr, and delete {self.options.checkpoint} if it is "
+                    "there"
                 ) from error
             self.step += 1
         self.loss = torch.stack(losses).mean().item()
-        if not math.isfinite(self.loss):
-            raise UserError(f"the loss is not finite after {self.step} steps, nothing saved: lower --lr")
 
     def drawn(self, draw: random.Random, kinds, families) -> tuple[Task, ComputationGraph]:
         """A data set, and a network for it of which something is learned."""
@@ -110,12 +110,15 @@ class Training:
             loss = (found + 0.02).log()  # lets good and bad architectures weigh alike
             gradients = torch.autograd.grad(loss, list(self.synthesizer.parameters()), allow_unused=True)
             size = torch.stack([each.norm() for each in gradients if each is not None]).norm()
-            if size.isfinite():  # one network whose neurons are all alike must not spoil the rest
-                for parameter, gradient in zip(self.synthesizer.parameters(), gradients, strict=True):
-                    if gradient is not None:
-                        gradient = gradient * (LARGEST_GRADIENT / size).clamp(max=1)
-                        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if not size.isfinite():  # one network whose neurons are all alike must not spoil the rest
+                continue
+            for parameter, gradient in zip(self.synthesizer.parameters(), gradients, strict=True):
+                if gradient is not None:
+                    gradient = gradient * (LARGEST_GRADIENT / size).clamp(max=1)
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
             losses.append(loss.detach())
+        if not losses:
+            raise torch.linalg.LinAlgError("no network has a finite gradient")
         if self.processes > 1:
             self.average_gradients()
         self.adam.step()
