@@ -40,6 +40,18 @@ class Net(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Flatten(), nn.Linear(784, 12), nn.ReLU(), nn.Linear(12, 10))
 
+class Few(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(784, 5))
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(784, 10)
+
+    def forward(self, images):
+        return self.out(images.flatten(1) / (len(images) == 2))
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -569,10 +581,14 @@ def test_rewards_that_fail_get_one_line(users, refusal, reward, line):
     assert not (users / "none.pth").exists()
 
 
-def test_a_model_that_cannot_be_read_gets_one_line(users, refusal):
+@pytest.mark.parametrize(
+    ("model", "line"),
+    [("Recurrent", "gru"), ("Few", "a label is 9, but Few has 5 outputs"), ("Broken", "out: NaN or infinite values")],
+)
+def test_a_model_that_cannot_be_read_or_written_gets_one_line(users, refusal, model, line):
     pytest.importorskip("cmaes")
-    options = [option.replace("small_net.py:Net", "small_net.py:Recurrent") for option in options_of(users, "none")]
-    assert refusal(main, *options).startswith("--model small_net.py:Recurrent: gru")
+    options = [option.replace("small_net.py:Net", f"small_net.py:{model}") for option in options_of(users, "none")]
+    assert refusal(main, *options).startswith(f"--model small_net.py:{model}: {line}")
 
 
 def test_fewer_evaluations_than_a_generation_takes_get_one_line(users, refusal):

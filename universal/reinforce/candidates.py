@@ -44,9 +44,8 @@ def draw_trials(
         seed = drawn.getrandbits(31)
         torch.manual_seed(seed)
         graph = graph_of(build() if build else random_network(drawn, data), data)
-        used = of_classes(data, graph)
-        batch = torch.randint(len(used.labels), (images,)).to(used.labels.device)
-        trials.append(Trial(graph, seed, of_classes(known, graph), used[batch]))
+        batch = torch.randint(len(data.labels), (images,)).to(data.labels.device)
+        trials.append(Trial(graph, seed, known, data[batch]))
     return trials
 
 
@@ -59,11 +58,6 @@ def random_network(drawn: random.Random, data: Dataset) -> nn.Module:
 def graph_of(network: nn.Module, data: Dataset) -> ComputationGraph:
     """The graph of a network, where the images of `data` are."""
     return ComputationGraph(network.to(data.images.device), data.images[:2].cpu())
-
-
-def of_classes(data: Dataset, graph: ComputationGraph) -> Dataset:
-    """The images of the classes that a network has."""
-    return data[data.labels < graph.classes]
 
 
 def with_tuning(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:

@@ -1,6 +1,8 @@
 """Reinforcement: a search for the few numbers with which a synthesiser writes the networks of the highest reward."""
 
 import argparse
+import copy
+import math
 import random
 from statistics import fmean
 
@@ -10,12 +12,12 @@ from torch import Tensor
 
 from scripting import UserError
 from universal.builders import load_builder
+from universal.data.labelled import apart
 from universal.data.splits import shuffled, split_images
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.reinforce.candidates import (
     draw_trials,
     graph_of,
-    of_classes,
     random_network,
     try_candidate,
     with_tuning,
@@ -23,6 +25,7 @@ from universal.reinforce.candidates import (
 )
 from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
+from universal.rules.synthesis import write
 
 MAKER = "python -m universal.reinforce"
 SIDES = (16, 64)  # of images that random architectures take
@@ -64,6 +67,9 @@ class Reinforcement:
             network = random_network(random.Random(options.seed), data)
         try:
             self.reported = graph_of(network, data)
+            # Of candidates it only counts against them if nothing can be written.
+            with apart():
+                write(copy.deepcopy(network), *self.known, limit=count, synthesizer=self.synthesizer)
         except ValueError as error:
             raise UserError(f"--model {options.model}: {error}") from error
         self.step, self.seconds = 0, 0.0
@@ -105,11 +111,10 @@ class Reinforcement:
 
     def report(self, minutes_left: float) -> None:
         """Print the progress, with the mean accuracy on validation images of networks that the search so far writes."""
-        known, validation = (of_classes(data, self.reported) for data in (self.known, self.validation))
-        networks = [written(self.result(), self.reported, seed, known) for seed in range(REPORTED_INITS)]
+        networks = [written(self.result(), self.reported, seed, self.known) for seed in range(REPORTED_INITS)]
         accuracy = fmean(
-            float("nan") if network is None else score_after(self.reward.rounding, network, validation).accuracy_percent
-            for network in networks
+            math.nan if each is None else score_after(self.reward.rounding, each, self.validation).accuracy_percent
+            for each in networks
         )
         print(
             f"Evaluation {self.evaluations}/{self.evaluations // self.step * self.steps}: "
