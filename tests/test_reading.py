@@ -884,6 +884,7 @@ def weight_normed(norm) -> nn.Module:
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(1024, 10)), r"takes no inputs .*28, 28\] it says .*1024x10"),
         (lambda: nn.Sequential(nn.Conv2d(1, 4, 3)), r"has shape \[4, 26, 26\] per image"),
         (lambda: nn.Sequential(nn.Flatten()), "the output must be that of one layer"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 10, 9, 5), nn.Conv2d(10, 10, 4, groups=5), nn.Flatten()), "in groups"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_named(build, reason):

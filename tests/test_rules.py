@@ -9,6 +9,7 @@ import os
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -194,6 +195,10 @@ NETWORKS = {
     "grouped": lambda: convolutional(nn.ReLU(), groups=2),
     "depthwise": lambda: convolutional(
         nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()
+    ),
+    "depthwise, of maps of one pixel": lambda: nn.Sequential(
+        nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 5, groups=16), nn.ReLU(),
+        nn.Flatten(), nn.Linear(16, 10),
     ),
     "global pooling": lambda: nn.Sequential(
         nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 24, 3), nn.ReLU(), *CLASSES, nn.Linear(24, 10)
@@ -598,6 +603,14 @@ def test_of_images_that_are_not_kept_no_more_than_the_limit_are_used(little_memo
     assert data.resident is None
     used = sum(len(batch.labels) for batch in data.batches(100))
     assert used == pytest.approx(500, abs=60)  # by keys, as without all of them one cannot count
+
+
+def test_large_images_are_not_kept_but_for_the_sample(monkeypatch):
+    for name, value in {"SAMPLE": 100, "OF_ALL": 0, "RESIDENT": 0}.items():
+        monkeypatch.setattr(labelled, name, value)
+    data = labelled.LabelledImages(*images())
+    assert data.resident is None and len(data.sample.labels) == 100
+    assert len(torch.cat([batch.labels for batch in data.batches(150)])) == COUNT
 
 
 @pytest.mark.parametrize(("others", "sees"), [(None, COUNT), ((True, True), COUNT), ((True, False), 100)])
@@ -1312,3 +1325,109 @@ def test_what_comes_after_a_layer_of_several_uses_reads_all_of_them(build, least
     accounts = write(network, inputs, labels, seed=0)
     right_percent = 100 * (network(inputs).argmax(1) == labels).double().mean().item()
     assert right_percent > max(accounts.held_out_percent, least)  # most of them were seen
+
+
+# ---- what a forward pass does ----------------------------------------------------------------------------------------
+
+
+class LettersOfMatrices(nn.Module):
+    """A layer by an equation with the letters by which `x @ w` is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.out = nn.Parameter(0.1 * torch.randn(SIDE**2, 20)), nn.Linear(20, 10)
+
+    def forward(self, x):
+        return self.out(torch.einsum("nk,km->nm", x.flatten(1), self.matrix).relu())
+
+
+class TokensFirst(nn.Module):
+    """Tokens before images, and so their places on the first axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.places, self.out = (
+            nn.Linear(SIDE, 40),
+            nn.Parameter(torch.zeros(SIDE, 1, 40)),
+            nn.Linear(40, 10),
+        )
+
+    def forward(self, x):
+        return self.out((self.embed(x[:, 0]).transpose(0, 1) + self.places).relu().mean(0))
+
+
+class InPlace(nn.Module):
+    """Changes the images that it is given, and takes what it adds for its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(SIDE**2, 20), nn.Linear(20, 10)
+        self.shift = nn.Parameter(torch.ones(20))
+
+    def forward(self, x):
+        x.sub_(0.5).mul_(2)
+        x = self.first(x.flatten(1))
+        both = self.shift.repeat(len(x), 1)
+        both.add_(x)
+        return self.out(both.relu() + 0 * x)
+
+
+class Turned(nn.Module):
+    """Patches that one linear layer reads twice, and a view of so many rows as a numpy number says."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Linear(4, 12), nn.Linear(12 * 49, 10)
+
+    def patches(self, x):
+        return x[:, 0].unfold(1, 2, 2).unfold(2, 2, 2).flatten(3)
+
+    def forward(self, x):
+        x = self.embed(self.patches(x)) + self.embed(self.patches(x.flip(-1)))
+        return self.out(x.relu().view(len(x), np.prod(x.shape[1:])))
+
+
+@pytest.mark.parametrize("build", [LettersOfMatrices, TokensFirst, InPlace, Turned])
+def test_however_a_forward_pass_goes_its_layers_are_written(build, unbalanced):
+    torch.manual_seed(0)
+    network, given = build(), images()[0].clone()
+    accounts = write(network, given, images()[1], seed=0)
+    assert accounts.left == (["places"] if build is TokensFirst else [])
+    assert torch.equal(given, images()[0])
+    inputs, labels = images(59_000, 1000)
+    with torch.no_grad():
+        right = 100 * (network.eval()(inputs.clone()).argmax(1) == labels).double().mean().item()
+    assert right > (40 if build is TokensFirst else 70)
+
+
+@pytest.mark.parametrize("last", [nn.Softmin(1), lambda x: -x, lambda x: 1 - x.sigmoid()])
+def test_where_the_smallest_is_the_answer_the_classes_are_written_so(last):
+    class Falling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(SIDE**2, 10)
+
+        def forward(self, x):
+            return last(self.out(x.flatten(1)))
+
+    assert accuracy_percent(synthesize(Falling(), *images(), seed=0)) > 70
+
+
+def test_what_says_where_an_image_is_looked_at_stays():
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.where, self.theta = nn.Linear(SIDE**2, 6), nn.Parameter(torch.tensor([1.0, 0, 0, 0, 1, 0]))
+            self.out = nn.Linear(SIDE**2, 10)
+            nn.init.zeros_(self.where.weight)
+            nn.init.zeros_(self.where.bias)
+
+        def forward(self, x):
+            theta = (self.where(x.flatten(1)) + self.theta).view(-1, 2, 3)
+            grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+            return self.out(F.grid_sample(x, grid, align_corners=False).flatten(1))
+
+    network = Looking()
+    accounts = write(network, *images(), seed=0)
+    assert accounts.left == ["theta", "where.weight", "where.bias"]
+    assert network.theta.tolist() == [1, 0, 0, 0, 1, 0] and accuracy_percent(network) > 70

@@ -38,10 +38,10 @@ def load_callable(text: str, option: str) -> partial:
         raise UserError(f"{option} {text}: give module:name or file.py:name, such as target_cnn:TargetCNN")
     place, name = match["place"], match["name"]
     args, kwargs = literal_arguments(match["arguments"] or "()", f"{option} {text}")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise UserError(f"{option} {text}: {place} is no file: give the path of a Python file")
     try:
         module = module_at(place)
-    except FileNotFoundError as error:
-        raise UserError(f"{option} {text}: {place} is no file: give the path of a Python file") from error
     except Exception as error:  # a person's own file may raise anything
         reason = f"{in_short(error)}{place_of(error)}"
         raise UserError(f"{option} {text}: {place} cannot be imported ({reason}): correct it first") from error
@@ -54,8 +54,6 @@ def module_at(place: str):
     """The module of this name, or in this file, beside which what it imports may lie."""
     if not place.endswith(".py"):
         return importlib.import_module(place)
-    if not Path(place).is_file():
-        raise FileNotFoundError(place)
     spec = importlib.util.spec_from_file_location(Path(place).stem, place)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

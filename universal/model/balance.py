@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from universal.model.sizes import LARGEST
-from universal.reading.calls import STATISTICS, Norm, Operation
+from universal.reading.calls import STATISTICS, Gain, Norm, Operation
 from universal.reading.graph import ComputationGraph
 
 MOST_TENSORS = 200  # each of which takes a forward pass
@@ -52,7 +52,7 @@ def balance(graph: ComputationGraph, weights: dict[str, Tensor], images: Tensor)
             before = graph.run(images[:IMAGES], own)
             same = (new for factor, new in ways if alike(factor * before, graph.run(images[:IMAGES], new)))
             return next(same, weights)
-        except (RuntimeError, ValueError):  # its own code may not stand gradients or double precision
+        except Exception:  # its own code may not stand gradients or double precision
             return weights
 
 
@@ -152,7 +152,7 @@ def new_statistics(
 
 def flattened(graph: ComputationGraph, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """`weights` with those of the last layers, and what is added to its outputs, FLATTENED."""
-    operations = [*graph.heads, *(shift for shift in graph.shifts if shift.of_last)]
+    operations = [*graph.heads, *(shift for shift in graph.shifts if shift.of_last and not isinstance(shift, Gain))]
     parts = [part for operation in operations for part in operation.parts]
     return weights | {part.name: FLATTENED * weights[part.name] for part in parts}
 

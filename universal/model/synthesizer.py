@@ -76,9 +76,13 @@ class GraphWeightSynthesizer(nn.Module):
 
 
 def trunk_end(graph: ComputationGraph) -> Layer:
-    """The first layer behind all that read windows of maps or tokens: it reads one vector of each image, or is the
-    last."""
-    of_maps = (place for place, layer in enumerate(graph.layers) if layer.resolution > 1 and not layer.last)
+    """The first layer behind all that read windows of maps or tokens, or groups of channels: it reads one vector of
+    each image, or is the last."""
+    of_maps = (
+        place
+        for place, layer in enumerate(graph.layers)
+        if not layer.last and (layer.resolution > 1 or layer.groups > 1)
+    )
     behind = graph.layers[max(of_maps, default=-1) + 1 :]
     return behind[0] if behind else graph.last
 
@@ -121,7 +125,7 @@ def save_synthesizer(synthesizer: GraphWeightSynthesizer, path: Path) -> None:
 
 
 def in_8_bits(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Matrices, kernels and images as whole numbers from -127 to 127, and the scale of each of their rows, [rows].
+    """Matrices and kernels as whole numbers from -127 to 127, and the scale of each of their rows, [rows].
 
     Vectors, and rows that are hardly longer than a scale, stay as they are, in half precision.
     """

@@ -248,6 +248,7 @@ class Shift:
     axis: int
     places: Tensor | None
     shape: tuple[int, ...]
+    sources: frozenset[int]  # as a layer's
     of_last: bool = False  # whether the neurons are the classes
 
     @property
@@ -263,7 +264,7 @@ class Shift:
         return inputs + parameter
 
     def parameter(self, wanted: Tensor) -> Tensor:
-        """The parameter that does as if this, `wanted`, were added."""
+        """The parameter that does as if this, `wanted`, were added, or of a gain multiplied by."""
         return wanted
 
 
@@ -283,10 +284,6 @@ class Gain(Shift):
 
     def __call__(self, inputs: Tensor, parameter: Tensor) -> Tensor:
         return inputs * parameter
-
-    def parameter(self, wanted: Tensor) -> Tensor:
-        """The parameter that does as if activations were multiplied by this, `wanted`."""
-        return wanted
 
 
 class Quotient(Gain):
@@ -347,12 +344,17 @@ KINDS |= dict.fromkeys(PRODUCTS, PRODUCT)
 SUM = Kind(("input", "other"), -1, by_element=Shift)
 KINDS |= dict.fromkeys((torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__), SUM)
 TIMES = Kind(("input", "other"), -1, by_element=Gain)
-TIMES_FUNCTIONS = (torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__)
+TIMES_FUNCTIONS = (
+    torch.mul, Tensor.mul, Tensor.mul_, Tensor.__mul__, Tensor.__rmul__, Tensor.__imul__, torch.multiply,
+    Tensor.multiply,
+)  # fmt: skip
 KINDS |= dict.fromkeys(TIMES_FUNCTIONS, TIMES)
 MINUS = Kind(("input", "other"), -1, by_element=Difference, commutes=False)
-KINDS |= dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__), MINUS)
+KINDS |= dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_, Tensor.__sub__, Tensor.__isub__, torch.subtract), MINUS)
 OVER = Kind(("input", "other"), -1, by_element=Quotient, commutes=False)
-OVER_FUNCTIONS = (torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__)
+OVER_FUNCTIONS = (
+    torch.div, Tensor.div, Tensor.div_, Tensor.__truediv__, Tensor.__itruediv__, torch.divide, torch.true_divide,
+)  # fmt: skip
 KINDS |= dict.fromkeys(OVER_FUNCTIONS, OVER)
 # Those that change the activations that they are given, which may be used again, or be a view of others.
 IN_PLACE = {
@@ -360,13 +362,11 @@ IN_PLACE = {
     Tensor.__itruediv__,
 }  # fmt: skip
 # Functions of which an argument changes nothing if it is 1, not 0.
-RATIOS = {
-    *TIMES_FUNCTIONS, *OVER_FUNCTIONS, Tensor.__rtruediv__, torch.multiply, Tensor.multiply, torch.divide,
-    torch.true_divide,
-}  # fmt: skip
+RATIOS = {*TIMES_FUNCTIONS, *OVER_FUNCTIONS, Tensor.__rtruediv__}
 DEFAULTS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 # Functions of two activations that sum over an axis of both: which neurons the result is of, their shapes do not tell.
 CONTRACTIONS = {*PRODUCTS, torch.einsum, torch.baddbmm, torch.tensordot, F.scaled_dot_product_attention}
+LAYERS = {torch.conv1d, torch.conv2d, F.linear, torch.addmm}  # likewise, of one whose weight is not to be written
 # Layers that cannot be written, by the names of their functions.
 REFUSED = {
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "lstm", "gru", "rnn_tanh", "rnn_relu",
@@ -429,8 +429,10 @@ class CallMode(TorchFunctionMode):
             return self.within(attention, *args, **kwargs)
         if function in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if function is Tensor.view and not kwargs and all(isinstance(size, int | tuple | list) for size in args[1:]):
+        if function is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
             function = Tensor.reshape  # activations may lie channels-last
+        if function is Tensor.view_as:
+            function = Tensor.reshape_as
         if function in PRODUCTS or function is torch.addmm:
             args = (*args, *(kwargs[name] for name in OPERANDS if name in kwargs))
             kwargs = {name: value for name, value in kwargs.items() if name not in OPERANDS}

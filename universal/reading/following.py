@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from universal.reading.calls import CONTRACTIONS, Part, is_float
+from universal.reading.calls import CONTRACTIONS, LAYERS, Part, is_float
 
 
 class Numbers(NamedTuple):
@@ -30,7 +30,8 @@ class Numbers(NamedTuple):
 
 
 class Neurons:
-    """All neurons that activations are of, in blocks: the images' channels, a layer's neurons, or sums of two others.
+    """All neurons that activations are of, in blocks: the images' channels, a layer's neurons, what an unwritten layer
+    gives, or sums of two others.
 
     Their numbers go from 1 on, in order of appearance; 0 is none.
     """
@@ -154,7 +155,7 @@ class Follower:
         moves = True
         for index, output in outputs:
             numbers = None
-            if function not in CONTRACTIONS:
+            if function not in CONTRACTIONS and function not in LAYERS:
                 together = len(inputs) > 1 and broadcast(*(one.codes.shape for one in inputs)) == output.shape
                 numbers = None if together else self._moved(followed, again, index, output.shape)
                 if numbers is None:
@@ -169,19 +170,18 @@ class Follower:
             self.number(output, numbers._replace(depth=depth, sources=sources))
         return moves
 
-    def assign(self, target: Tensor, index, value) -> bool:
-        """Follow `target[index] = value`. Whether that only moves elements: it does."""
-        if self.numbers(value) is None:
-            return True
+    def assign(self, target: Tensor, index, value) -> None:
+        """Follow `target[index] = value`, which only moves elements."""
+        new = self.numbers(value)
+        if new is None:
+            return
         middle = torch.full(target.shape, 0.5, dtype=torch.float64)
         before = self.numbers(target) or Numbers(torch.zeros_like(middle), middle, middle)
         after = before._replace(codes=before.codes.clone(), y=before.y.clone(), x=before.x.clone())
-        value = self.numbers(value)
-        for own, new in zip(after[:3], value[:3], strict=True):
-            own[index] = new
-        depth, sources = max(before.depth, value.depth), before.sources | value.sources
+        for own, values in zip(after[:3], new[:3], strict=True):
+            own[index] = values
+        depth, sources = max(before.depth, new.depth), before.sources | new.sources
         self.number(target, after._replace(depth=depth, sources=sources))
-        return True
 
     def _moved(self, followed: dict[int, Numbers], again: Callable, index: int, shape: torch.Size) -> Numbers | None:
         """The numbers of an output whose elements are some of the inputs', or averages of one neuron's.

@@ -112,7 +112,7 @@ class Windows(NamedTuple):
     order: Tensor | None  # of the features, that brings the positions of a channel together, row by row
     stride: tuple[int, int]
     map_side: int  # of the map that they are windows of
-    across: int  # how many there are beside each other
+    across: float  # how many there are beside each other, if they lay in a square, or in a row
 
 
 WIDEST = 16  # sides of windows: in larger ones, the places in a kernel can hardly be told from each other
@@ -146,8 +146,11 @@ def find_windows(numbers: Numbers, order: Tensor | None, positions: int) -> Wind
         round(outside.diff().min().item() / step) if len(outside) > 1 else side
         for (*_, outside), step, side in zip(found, steps, sides, strict=True)
     )
-    (down, *_), (across, inside, outside) = found
+    (down, *_), (across, *_) = found
     by_rows = torch.argsort((down * 1e7).round() * 1e8 + (across * 1e7).round(), stable=True)
     order = order.view(-1, positions)[:, by_rows].flatten()
     in_order = torch.equal(order, torch.arange(count))
-    return Windows(sides, None if in_order else order, stride, round(1 / steps[1]), len(outside))
+    counts = [len(outside) for *_, outside in found if len(outside) > 1]
+    return Windows(
+        sides, None if in_order else order, stride, round(1 / steps[1]), math.prod(counts) ** (1 / len(counts))
+    )

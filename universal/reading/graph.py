@@ -35,8 +35,8 @@ class Reached(Exception):
 
 
 class Replay(CallMode):
-    """A forward pass of a graph's module, with these `weights`, that goes the way that was read: each layer and norm by
-    `compute(layer or norm, inputs)`, on activations of the precision `dtype`."""
+    """A forward pass of a graph's module, with these `weights`, that goes the way that was read: each operation by
+    `compute(operation, inputs)`, on activations of the precision `dtype`."""
 
     def __init__(self, graph: "ComputationGraph", weights: dict[str, Tensor], dtype: torch.dtype, compute: Callable):
         super().__init__()
@@ -63,7 +63,7 @@ class Replay(CallMode):
             raise self.another_way()  # repeated for every input of the batch
         inputs = given[step.activations]
         outputs = self.compute(found, inputs.to(self.dtype)).to(inputs.dtype)
-        return inputs.copy_(outputs) if function in IN_PLACE else outputs
+        return given["input"].copy_(outputs) if function in IN_PLACE else outputs
 
 
 class ComputationGraph:
@@ -200,7 +200,7 @@ class ComputationGraph:
         raise RuntimeError(f"{layer.name}: is not reached")
 
     def _forward(self, images: Tensor, weights: dict[str, Tensor], compute: Callable) -> Tensor:
-        """The logits of images, in their precision, each layer and norm by `compute(layer or norm, inputs)`."""
+        """The logits of images, in their precision, each operation by `compute(operation, inputs)`."""
         weights = self._taken(weights)
         with still(self.module), Replay(self, weights, images.dtype, compute) as replay:
             logits = logits_of(functional_call(self.module, weights, self._given(images)))
@@ -218,8 +218,8 @@ class ComputationGraph:
         }
 
     def _given(self, images: Tensor) -> Tensor:
-        """Images as the module takes them."""
-        return self.format(images if self.precision is None else images.to(self.precision))
+        """Images as the module takes them: a copy, which it may change."""
+        return self.format(images.to(self.precision or images.dtype, copy=True))
 
     def _taken(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights as the module takes them."""
@@ -331,8 +331,8 @@ ONE_AT_A_TIME = threading.RLock()
 
 @contextlib.contextmanager
 def still(module: nn.Module) -> Iterator[None]:
-    """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and PyTorch's state
-    of random numbers, as they are. What the module draws is the same every time.
+    """A forward pass that computes as in evaluation, layer by layer, and leaves the module's modes, and the state of
+    PyTorch's random numbers on the CPU, as they are. What the module draws there is the same every time.
 
     One at a time: all threads share that state, and the switch of PyTorch's fused transformer layer.
     """

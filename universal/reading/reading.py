@@ -86,7 +86,7 @@ class Inventory:
         layer = next((layer for layer in self.layers if layer.weight.meets(weight)), None)
         if layer is None:
             layer = self._new_layer(kind, given, options, numbers, result, weight, bias)
-        elif (layer.weight, layer.bias, layer.options) != (weight, bias, options):
+        elif (layer.weight, layer.bias) != (weight, bias) or (kind.is_convolution and layer.options != options):
             raise Refused(
                 f"{name_of(function)} takes {weight.name} again, in another way, which is not supported{place_of()}"
             )
@@ -145,16 +145,20 @@ class Inventory:
     def shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
         """The shift or gain by a parameter of activations of as many neurons, if it is such a one."""
         part = self.follower.parameter(parameter)
-        if parameter.dim() == activations.dim() and len(parameter) > 1 and (part.index == part.index[:1]).all():
+        of_inputs = part.index is not None and parameter.dim() == activations.dim() and len(parameter) > 1
+        if of_inputs and (part.index == part.index[:1]).all():
             # The same for every input of the batch: expanded, or repeated.
             parameter, part = parameter[:1], replace(part, index=part.index[:1])
         shift = next((shift for shift in self.shifts if shift.part == part and type(shift) is by_element), None)
-        lies = where_it_lies(parameter, self.follower.numbers(activations)) if shift is None else None
+        numbers = self.follower.numbers(activations)
+        lies = where_it_lies(parameter, numbers) if shift is None else None
         if lies is not None:
             axis, codes, places = lies
             neurons = self.follower.neurons.numbers(codes)
-            shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape))
+            shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape), numbers.sources)
             self.shifts.append(shift)
+        if shift is not None:
+            shift.sources |= numbers.sources
         return shift
 
     def norm(self, kind: Kind, function: Callable, given: dict, result: Tensor) -> Norm | None:
@@ -214,6 +218,7 @@ class Inventory:
             layer.readers = [reader for reader in layer.readers if reader.index in reached]
         self.layers = [layer for layer in self.layers if layer.index in reached]
         self.norms = [norm for norm in self.norms if norm.sources & reached]
+        self.shifts = [shift for shift in self.shifts if shift.sources & reached]
 
     @property
     def all(self) -> list[Operation]:
@@ -261,7 +266,9 @@ class Reading(CallMode):
             return
         if function in EMBEDDINGS and any(follower.is_of_values(leaf) for leaf in leaves):
             raise Refused(f"{name_of(function)} of values is not supported{place_of()}")
-        moves = follower.assign(*args) if assigns else follower.follow(function, args, kwargs, result)
+        if assigns:
+            follower.assign(*args)
+        moves = assigns or follower.follow(function, args, kwargs, result)
         if any(follower.numbers(leaf) for leaf in leaves):
             self.makers |= dict.fromkeys(map(id, outputs), f"{name_of(function)}{place_of()}")
         carries = moves or function in CONTRACTIONS  # which are linear in each of their operands
@@ -273,7 +280,7 @@ class Reading(CallMode):
         if kind.by_element:
             return self._call_by_element(kind, function, args, kwargs)
         product = kind.product and kind.product(*args, **kwargs)
-        weight_at = product and self._weight_of(product)
+        weight_at = product and self._weight_of(kind, product)
         follower, given = self.follower, kind.bind(args, kwargs)
         numbers, weight, bias = follower.numbers(given.get("input")), given.get("weight"), given.get("bias")
         rewritten = None
@@ -297,11 +304,11 @@ class Reading(CallMode):
                 self._number_unwritten(kind, function, weight, result)
         return result
 
-    def _weight_of(self, product: products.Product) -> int | None:
+    def _weight_of(self, kind: Kind, product: products.Product) -> int | None:
         """Which of the operands of a product is a weight that is to be written, if it is one of linear layers."""
         for place, (weight, other) in enumerate((product.operands, product.operands[::-1])):
             can_be = self.follower.parameter(weight) is not None and self.follower.numbers(other) is not None
-            is_plain = place == 1 and weight.dim() == 2 and product.letters[1] == "km"
+            is_plain = kind.transposed and place == 1 and weight.dim() == 2  # a layer as it is
             if can_be and (index := self.follower.parameter(weight).index) is not None:
                 can_be = len(index) == 1 or not (index == index[:1]).all()  # not repeated for every input of the batch
             if can_be and not is_plain and products.axes_of(product, place) is not None:
@@ -376,7 +383,12 @@ class Reading(CallMode):
                 f"{name}: the output must be that of one layer, the classes, averaged and scaled at most, or a sum of "
                 f"such that do not read each other{made and f'; it is of {made}'}"
             )
+        only = inventory.vectors.get(self.heads[0].index) if len(self.heads) == 1 else None
+        if only is not None and fall(only, logits):
+            self.share = -self.share
         for head in self.heads:
+            if head.groups > 1:
+                raise Refused(f"{name}: the classes are of {head.name}, which reads its channels in groups")
             head.last = True
         classes = torch.cat([found[found > 0], *(head.neurons for head in self.heads)])
         inventory.note_activations(inventory.curves.of(logits))
@@ -406,6 +418,12 @@ def says_the_same(output: Tensor, logits: Tensor) -> bool:
         output.shape == each.shape and torch.allclose(output, each, rtol=1e-4, atol=1e-6)
         for each in (logits, logits.log_softmax(-1))
     )
+
+
+def fall(logits: Tensor, outputs: Tensor) -> bool:
+    """Whether outputs [n, classes] are the larger, the smaller these logits: as of a softmin, or what is negated."""
+    falling = torch.equal(outputs.argsort(1), logits.argsort(1, descending=True))
+    return falling and not torch.equal(outputs.argsort(1), logits.argsort(1))
 
 
 def reaching(ends: Iterable[int], layers: list[Layer]) -> set[int]:

@@ -26,7 +26,7 @@ def place_of(error: Exception | None = None) -> str:
     within = itertools.takewhile(lambda frame: frame[0].f_code.co_qualname != "ComputationGraph._read", frames)
     own = [
         (frame.f_code.co_filename, line) for frame, line in (frames if error else within)
-        if not frame.f_code.co_filename.startswith((*LIBRARIES, "<")) and "importlib" not in frame.f_code.co_filename
+        if not frame.f_code.co_filename.startswith((*LIBRARIES, "<"))
     ]  # fmt: skip
     if not own:
         return ""

@@ -28,13 +28,12 @@ def chunk_size(
 
 
 def features_of(layer: Layer, inputs: Tensor, count: int) -> Tensor | None:
-    """What a layer whose outputs are one number a neuron reads of each of `count` images, [count, features].
+    """What a layer without groups whose outputs are one number a neuron reads of each of `count` images, [count,
+    features].
 
     None if it gives more. The last layer may: the classes are then what they are in the mean over places.
     """
     if layer.is_convolution:
-        if layer.groups > 1:
-            return None
         if layer.last:
             return layer.mean_patch(inputs)
         patches = layer.patches(inputs, 2)[0]

@@ -57,11 +57,10 @@ class Sums:
 
     def __init__(self):
         self.count, self.rows = 0, []
-        self.known_solver: Callable[[float], Solved] | None = None
         self.sums: tuple[Tensor, ...] | None = None  # of x x', x t', x, t and |t|^2
 
     def add(self, features: Tensor, targets: Tensor) -> None:
-        self.count, self.known_solver = self.count + len(features), None
+        self.count += len(features)
         self.rows.append((features, targets))
         if self.sums is not None or self.count > features.shape[1]:
             self.add_up()
@@ -99,8 +98,6 @@ class Sums:
 
     def solver(self, intercept: bool) -> Callable[[float], "Solved"]:
         """What gives the ridge regression of a strength."""
-        if self.known_solver is not None:
-            return self.known_solver
         if self.sums is None:
             x, t = map(torch.cat, zip(*self.rows, strict=True))
             mean_x, mean_t = x.mean(0) * intercept, t.mean(0) * intercept
@@ -125,7 +122,6 @@ class Sums:
             weight = weight if x is None else x.T @ weight
             return Solved(Regression(weight, mean_t - mean_x @ weight), factor, x, used)
 
-        self.known_solver = solve
         return solve
 
     def error(self, regression: Regression) -> float:

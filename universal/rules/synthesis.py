@@ -121,9 +121,8 @@ def write(
     if writing.held_out_percent is not None:
         used = (data.sample.folds != HELD_OUT).nonzero()[:, 0]
         images, labels = data.sample.images, torch.tensor(data.present, device=device)[data.sample.labels]
-        looked_at, by, of = (
-            (images[part], labels[part]) for part in (held_out[:LOOKED_AT], used[:LOST_BY], held_out[:LOST_OF])
-        )
+        parts = held_out[: chunk_size(graph, data.shape, ROOM, LOOKED_AT)], used[:LOST_BY], held_out[:LOST_OF]
+        looked_at, by, of = ((images[part], labels[part]) for part in parts)
         doubtful = doubt(graph, *looked_at, writing.held_out_percent)
         if doubtful is None:
             doubtful = lost(graph, by, of, writing.held_out_percent)
