@@ -849,6 +849,11 @@ class Twice(nn.Module):
         return self.out(x.mean(1))
 
 
+class Binarised(TwoHeads):
+    def forward(self, x):
+        return self.one((x > 0.5).float().flatten(1))
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -877,6 +882,7 @@ def weight_normed(norm) -> nn.Module:
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, None, 2, 1)), "takes kernel again, in another way"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, own.bias, padding=1)), "takes kernel again"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel.mT, padding=1)), "takes kernel again"),
+        (Binarised, r"its output, of gt \(test_reading\.py, line \d+: return self.one\(.*cannot be followed back"),
         (Normed, "layer_norm takes norm again, in another way"),
         (lambda: flat(features=784, classes=1), "has one class, but telling classes apart takes two"),
         (Pair, "^Pair returns a tuple, not logits"),

@@ -230,7 +230,8 @@ class Reading(CallMode):
 
     def __init__(self):
         super().__init__()
-        self.makers: dict[int, str] = {}  # by the id of a tensor: the call that gave it, and its line
+        self.makers: dict[int, str] = {}  # by the id of a tensor: the last call of activations it is of, and its line
+        self.alive: list[Tensor] = []
         self.steps: list[Step] = []
         self.heads: list[Layer] = []
         self.share = 1.0  # what each is multiplied by, so that the classes are their mean
@@ -269,8 +270,14 @@ class Reading(CallMode):
         if assigns:
             follower.assign(*args)
         moves = assigns or follower.follow(function, args, kwargs, result)
+        made = next(
+            (self.makers[id(leaf)] for leaf in leaves if id(leaf) in self.makers), None
+        )  # of what is not followed
         if any(follower.numbers(leaf) for leaf in leaves):
-            self.makers |= dict.fromkeys(map(id, outputs), f"{name_of(function)}{place_of()}")
+            made = f"{name_of(function)}{place_of()}"
+        if made is not None:
+            self.makers |= dict.fromkeys(map(id, outputs), made)
+            self.alive += outputs  # so that no id comes again
         carries = moves or function in CONTRACTIONS  # which are linear in each of their operands
         ended = self.inventory.curves.follow(function, args, kwargs, outputs, carries, follower.numbers)
         self.inventory.note_activations(ended)

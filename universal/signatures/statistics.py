@@ -38,8 +38,8 @@ def signature(matrix: Tensor) -> dict[str, float]:
 
     None depends on its scale, its sign, the order of its rows or columns, or on which of the two is which: the shorter
     side counts as rows, of equal sides the one whose norms differ more. Of matrices beyond `MOST_ROWS` or
-    `MOST_COLUMNS` so many are drawn, always the same places. The spectrum is that of W W^T / columns at a variance of
-    1, where random entries give the Marchenko-Pastur law. Besides those in `SCORED`:
+    `MOST_COLUMNS` so many are drawn, always the same places, so that there the order counts. The spectrum is that of
+    W W^T / columns at a variance of 1, where random entries give the Marchenko-Pastur law. Besides those in `SCORED`:
 
     - `rows`, `columns`; `stable_rank`, |W|_F^2 / |W|_2^2; `kurtosis`, 3 for a Gaussian
     - `tail_exponent`, of the power law that fits the largest eigenvalues best (Clauset et al. 2009; Martin and Mahoney
@@ -49,7 +49,7 @@ def signature(matrix: Tensor) -> dict[str, float]:
 
     Those whose names hold `beyond` say how far a statistic lies from those of the same entries in other places, of all
     entries, or of what is left of them without the scales of rows and columns, which stay: the asinh of the distance in
-    deviations, of `COMPARED_ROWS` and `COMPARED_COLUMNS` at most. For random matrices the first are near 0, and the
+    deviations, of `COMPARED_ROWS` and `COMPARED_COLUMNS` at most, likewise drawn. For random matrices the first are near 0, and the
     second say that their entries, without scales, are a little more even than shuffled ones.
 
     Raises ValueError unless it is a finite matrix of at least 2 x 2 whose entries differ.
