@@ -49,8 +49,8 @@ def signature(matrix: Tensor) -> dict[str, float]:
 
     Those whose names hold `beyond` say how far a statistic lies from those of the same entries in other places, of all
     entries, or of what is left of them without the scales of rows and columns, which stay: the asinh of the distance in
-    deviations, of `COMPARED_ROWS` and `COMPARED_COLUMNS` at most, likewise drawn. For random matrices the first are near 0, and the
-    second say that their entries, without scales, are a little more even than shuffled ones.
+    deviations, of `COMPARED_ROWS` and `COMPARED_COLUMNS` at most, likewise drawn. For random matrices the first are
+    near 0, and the second say that their entries, without scales, are a little more even than shuffled ones.
 
     Raises ValueError unless it is a finite matrix of at least 2 x 2 whose entries differ.
     """
