@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, small_synthesizer
 from torch import nn
 
-from scripting import UserError
+from scripting import UserError, run_to_end
 from target_cnn import Dataset
 from universal import load_synthesizer, train, write
 from universal.evaluation.networks import EVALUATED_SHAPES, mlp
@@ -222,6 +222,20 @@ def test_a_gradient_that_is_not_finite_is_left_out(state, monkeypatch):
     assert math.isfinite(learning.loss)
     assert not all(map(torch.equal, before, learning.synthesizer.parameters()))
     assert all(parameter.isfinite().all() for parameter in learning.synthesizer.parameters())
+
+
+def test_processes_that_would_go_on_from_different_steps_are_refused(state, monkeypatch):
+    def gather(steps, step):
+        steps[:] = [step, 5]
+
+    for name, value in {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "all_gather_object": gather,
+    }.items():
+        monkeypatch.setattr(dist, name, value)
+    with pytest.raises(UserError, match="not the same on all machines: copy it to each, or delete it"):
+        run_to_end(state(), "the command")
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path, trained, start, refusal, capsys):
