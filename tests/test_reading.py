@@ -508,7 +508,7 @@ SPELLINGS = {
     "gain of three axes": (lambda n, x: n.rest(n.g * n.maps(x)), {"g": (4, 1, 1)}, (3, 1, [])),
     "gain in place": (lambda n, x: n.rest(n.maps(x).mul_(n.g)), {"g": (4, 1, 1)}, (3, 1, [])),
     "shift left": (lambda n, x: n.rest(n.b.view(1, -1, 1, 1) + n.maps(x)), {"b": (4,)}, (3, 1, [])),
-    "shift of a row": (lambda n, x: n.out(n.b[0] + x.flatten(1) @ n.w), {"b": (2, 8), "w": (784, 8)}, (2, 1, ["b"])),
+    "shift of a row": (lambda n, x: n.out(n.b[0] + x.flatten(1) @ n.w), {"b": (2, 8), "w": (784, 8)}, (2, 0, ["b"])),
     "shift in place": (lambda n, x: n.rest(n.maps(x).add_(n.b)), {"b": (4, 9, 9)}, (3, 1, [])),
     "places of rows": (lambda n, x: n.rest(n.maps(x) + n.b), {"b": (1, 4, 9, 1)}, (3, 1, [])),
     "moved twice": (lambda n, x: n.out(x.flatten(1) @ n.w.flatten(1).T), {"w": (8, 28, 28)}, (2, 0, [])),
@@ -849,6 +849,27 @@ class Twice(nn.Module):
         return self.out(x.mean(1))
 
 
+class LoopOverImages(TwoHeads):
+    def forward(self, x):
+        return torch.cat([self.one(image.flatten()[None]) for image in x])
+
+
+class ThroughNumPy(TwoHeads):
+    def forward(self, x):
+        return self.one(torch.from_numpy(x.flatten(1).numpy() / 2))
+
+
+class Mixture(TwoHeads):
+    def __init__(self):
+        super().__init__()
+        self.shares = nn.Linear(784, 2)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        first, second = self.shares(x).softmax(1).unsqueeze(2).unbind(1)
+        return first * self.one(x) + second * self.two(x)
+
+
 class Binarised(TwoHeads):
     def forward(self, x):
         return self.one((x > 0.5).float().flatten(1))
@@ -882,6 +903,10 @@ def weight_normed(norm) -> nn.Module:
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, None, 2, 1)), "takes kernel again, in another way"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel, own.bias, padding=1)), "takes kernel again"),
         (lambda: Twice(lambda x, own: F.conv2d(x, own.kernel.mT, padding=1)), "takes kernel again"),
+        (LoopOverImages, "linear of one input of the batch at a time is not supported"),
+        (lambda: nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveMaxPool2d(1), nn.Flatten()), "a maximum over places"),
+        (ThroughNumPy, r"what linear \(test_reading\.py, line \d+: .*\) takes is of NumPy, or of compiled code"),
+        (Mixture, "the output must be that of one layer.* it is of add"),
         (Binarised, r"its output, of gt \(test_reading\.py, line \d+: return self.one\(.*cannot be followed back"),
         (Normed, "layer_norm takes norm again, in another way"),
         (lambda: flat(features=784, classes=1), "has one class, but telling classes apart takes two"),

@@ -65,6 +65,8 @@ class LabelledImages:
         self, images, labels: Tensor | None = None, seed: int = 0, limit: int = MOST_IMAGES,
         device: torch.device | str = "cpu",
     ):  # fmt: skip
+        if limit < 2:
+            raise ValueError(f"the limit is {limit}: let two images or more be used")
         self.source, self.device, self.seed = source_of(images, labels), device, seed
         self.multipliers = torch.empty(0, dtype=torch.long)
         total, firsts, kept = self._survey(limit)
@@ -160,7 +162,7 @@ def source_of(images, labels: Tensor | None) -> Iterable[tuple]:
                 f"images of shape {[*images.shape]} and labels of {[*labels.shape]}: give one label an image"
             )
         return list(zip(images.detach().split(PART), labels.detach().split(PART), strict=True))
-    if labels is not None:
+    if labels is not None and isinstance(images, Dataset | DataLoader):
         raise ValueError(f"labels beside {name_of(images)}: it gives its own, leave them out")
     if isinstance(images, Dataset):
         return DataLoader(images, batch_size=256)
@@ -178,7 +180,9 @@ def name_of(value) -> str:
 def pairs_of(source: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a source. Raises ValueError if these are no pairs of tensors."""
     for batch in collated(source):
-        if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
+        if isinstance(batch, tuple | list) and len(batch) == 2 and not isinstance(batch[1], Tensor):
+            raise ValueError("the data set gives labels that are no numbers: make it give (image, number of its class)")
+        if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[0], Tensor):
             raise ValueError(
                 f"the data set gives {name_of(batch)}, not pairs of images and labels: make it give (image, label)"
             )
@@ -189,6 +193,10 @@ def collated(source: Iterable[tuple]) -> Iterator[tuple]:
     """The batches of a source. Raises ValueError if it gives images, or anything else, that make no batch."""
     try:
         yield from source
+    except RuntimeError as error:
+        if "stack expects each tensor to be equal size" not in str(error):
+            raise
+        raise ValueError("the data set gives images of different sizes: give it a transform, such as Resize") from error
     except TypeError as error:
         if "default_collate" not in str(error):
             raise

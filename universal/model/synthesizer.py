@@ -175,7 +175,8 @@ def load_synthesizer(
             f"make it again with {maker}"
         )
     try:
-        synthesizer = GraphWeightSynthesizer(**content["settings"]).float()  # whatever the default is
+        with torch.random.fork_rng(devices=[]):  # its random weights are replaced
+            synthesizer = GraphWeightSynthesizer(**content["settings"]).float()  # whatever the default is
         synthesizer.load_state_dict(in_full(content["state_dict"], content["scales"]))
         synthesizer.seconds = {name: float(seconds) for name, seconds in content["seconds"].items()}
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:

@@ -6,6 +6,7 @@ One more kind of call is one more entry in `KINDS`. `CallMode` is the mode under
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +68,19 @@ class Part:
         return Part(self.name, self.elements(whole.numel())[elements], self.frozen)
 
 
+class Gate(NamedTuple):
+    """Which of a layer's or norm's neurons activations are multiplied by, as in squeeze-and-excitation or gated linear
+    units, [neurons], and what each gives, before its activation, where it lets everything pass."""
+
+    neurons: Tensor  # bool
+    offset: float
+
+    def damped(self, values: Tensor, by: float) -> Tensor:
+        """Rows [neurons, ...], those of the gate multiplied by this."""
+        scale = torch.where(self.neurons.to(values.device), by, 1.0)
+        return values * scale.view(-1, *[1] * (values.dim() - 1))
+
+
 @dataclass
 class Layer:
     """A convolution or linear layer: a call whose weight a generator can write.
@@ -95,10 +109,12 @@ class Layer:
     index: int = 0
     first_neuron: int = 0  # the number of its first neuron
     last: bool = False  # whether its outputs are the classes
+    share: float = 1.0  # by which they are multiplied, so that the classes are their mean over all such layers
     activation: tuple[float, ...] | None = None  # the values at ACTIVATION_POINTS of the function after it
     normalised: bool = False  # whether a norm follows before the next layer
     pooled: bool = False  # whether maps or tokens were reduced to one place before it
     readers: list["Layer"] = field(default_factory=list, repr=False)  # the layers that its outputs reach
+    gate: Gate | None = None  # where activations are multiplied by what it gives
 
     @property
     def parts(self) -> list[Part]:
@@ -207,6 +223,7 @@ class Norm:
     by_inputs: str  # the argument that says to take the statistics of the inputs
     sources: frozenset[int]  # as a layer's
     of_last: bool = False  # whether it standardises the classes
+    gate: Gate | None = None  # where activations are multiplied by what it gives
 
     @property
     def parts(self) -> list[Part]:
@@ -379,6 +396,12 @@ EMBEDDINGS = {F.embedding, F.embedding_bag}
 DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 
 
+def gated_linear_unit(input: Tensor, dim: int = -1) -> Tensor:
+    """`F.glu` in its parts, each a call."""
+    passed, gate = input.chunk(2, dim)
+    return passed * gate.sigmoid()
+
+
 def attention(
     query: Tensor, key: Tensor, value: Tensor, embed_dim_to_check, num_heads: int, in_proj_weight, in_proj_bias,
     bias_k, bias_v, add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None,
@@ -427,6 +450,8 @@ class CallMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.multi_head_attention_forward:
             return self.within(attention, *args, **kwargs)
+        if function is F.glu:
+            return self.within(gated_linear_unit, *args, **kwargs)
         if function in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if function is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):

@@ -31,8 +31,16 @@ def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Ten
     """
     dimensions = numbers.codes.dim()
     shape = (1,) * (dimensions - parameter.dim()) + tuple(parameter.shape)
-    if len(shape) != dimensions or shape[0] != 1:
+    if len(shape) != dimensions:
         return None
+    if shape[0] != 1:  # the images may lie on another axis
+        of_images = [axis for axis in range(1, dimensions) if shape[axis] == 1 and is_axis_of_images(axis, numbers)]
+        if not of_images:
+            return None
+        moved = Numbers(*(tensor.movedim(of_images[0], 0) for tensor in numbers[:3]))
+        found = where_it_lies(parameter.view(shape).movedim(of_images[0], 0), moved)
+        # The neurons' axis, counted from the last, is where it was if it is behind that of the images.
+        return found if found is not None and found[0] + dimensions > of_images[0] else None
     codes, y, x = (tensor[:1] for tensor in numbers[:3])
     if any(size not in (1, own) for size, own in zip(shape, codes.shape, strict=True)):
         return None
@@ -60,6 +68,13 @@ def where_it_lies(parameter: Tensor, numbers: Numbers) -> tuple[int, Tensor, Ten
         if parameter.numel() == shape[axis] == len(first) > 1 and first.any():
             return axis, first, None
     return None
+
+
+def is_axis_of_images(axis: int, numbers: Numbers) -> bool:
+    """Whether the two images may lie along an axis: it tells neither neurons nor places apart."""
+    return numbers.codes.shape[axis] == 2 and all(
+        torch.equal(*tensor.unbind(axis)) for tensor in (numbers.codes, numbers.y, numbers.x)
+    )
 
 
 def middles(count: int) -> Tensor:

@@ -99,7 +99,7 @@ class ComputationGraph:
                     break
         found = reading.inventory
         self.layers, self.norms, self.shifts = found.layers, found.norms, found.shifts
-        self.heads, self.share = reading.heads, reading.share
+        self.heads = reading.heads
         self.last = max(self.heads, key=lambda head: head.depth)
         self.neurons, self.classes = reading.follower.neurons, self.last.shape[0]
         self.channels = reading.channels

@@ -1,5 +1,6 @@
 """What a forward pass shows of a module: its layers, norms, gains and shifts, and which neurons each reads."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,10 @@ from universal.reading.calls import (
     GEOMETRY,
     REFUSED,
     STATISTICS,
+    SUM,
     CallMode,
+    Gain,
+    Gate,
     Kind,
     Layer,
     Norm,
@@ -57,9 +61,14 @@ class Inventory:
     def __init__(self, follower: Follower):
         self.follower, self.curves = follower, Curves()
         self.layers: list[Layer] = []
-        self.vectors: dict[int, Tensor] = {}  # what layers gave that give one of each image, by their indices
+        self.vectors: dict[
+            int, Tensor
+        ] = {}  # what layers gave of each image, in the mean over places, by their indices
+        self.largest: dict[int, Tensor] = {}  # likewise, the maximum over places
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
+        self.biases: list[tuple[Shift, Layer]] = []  # what may be the bias of a layer that has none
+        self.gates: list[tuple[Tensor, float]] = []  # the numbers of neurons that others are multiplied by, the offset
 
     def note_activations(self, curves: ByLayer) -> None:
         """Layers are followed by functions of these curves. Of several ways on, the first counts that is a function."""
@@ -72,7 +81,8 @@ class Inventory:
         numbers = self.follower.numbers(given["input"])
         weight, bias = (self.follower.parameter(given.get(name)) for name in ("weight", "bias"))
         inputs, own = given["input"], given["weight"]
-        if inputs.dim() < (own.dim() if kind.is_convolution else 2):
+        rows = len(inputs) if kind.is_convolution else math.prod(inputs.shape[:-1])
+        if inputs.dim() < (own.dim() if kind.is_convolution else 2) or rows % 2:
             raise Refused(f"{name_of(function)} of one input of the batch at a time is not supported{place_of()}")
         if not inputs.numel():
             raise Refused(f"{name_of(function)} of a choice of inputs, here of none, is not supported{place_of()}")
@@ -138,8 +148,9 @@ class Inventory:
         )  # fmt: skip
         neurons.add(layer.shape[0], layer=layer.index)
         self.layers.append(layer)
-        if result.dim() == 2:
-            self.vectors[layer.index] = result.clone()  # which may be changed in place
+        if len(result) == 2:
+            places = result.movedim(kind.axis, -1).reshape(2, -1, layer.shape[0])
+            self.vectors[layer.index], self.largest[layer.index] = places.mean(1), places.amax(1)
         return layer
 
     def shift(self, by_element: type[Shift], parameter: Tensor, activations: Tensor) -> Shift | None:
@@ -157,9 +168,41 @@ class Inventory:
             neurons = self.follower.neurons.numbers(codes)
             shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape), numbers.sources)
             self.shifts.append(shift)
+            curves = [(self.layers[index], curve) for index, curve in self.curves.of(activations).items()]
+            if by_element is Shift and places is None and len(curves) == 1:
+                ((layer, curve),) = curves
+                is_direct = curve is not None and torch.equal(curve, identity()) and not layer.normalised
+                if is_direct and layer.bias is None and torch.equal(layer.neurons, neurons):
+                    self.biases.append((shift, layer))
         if shift is not None:
             shift.sources |= numbers.sources
         return shift
+
+    def note_gate(self, factors: tuple[Tensor, Tensor]) -> None:
+        """Of two activations that are multiplied by each other one may be a gate: what is not 0 where the layer behind
+        it gives 0, as of a sigmoid, or else what is linear beside what is not. Of both, it is the smaller one."""
+        neurons, curves = [], []
+        for factor in factors:
+            found = self.follower.neurons.numbers(self.follower.numbers(factor).codes.unique())
+            neurons.append(torch.zeros(0) if found is None else found[found > 0])
+            curves.append(list(self.curves.of(factor).values()))
+        if not all(map(len, [*neurons, *curves])) or torch.isin(*neurons).any():
+            return
+        passing = [any(curve is None or curve[len(curve) // 2].abs() > 0.1 for curve in known) for known in curves]
+        linear = [all(curve is not None and torch.equal(curve, identity()) for curve in known) for known in curves]
+        for offset, kinds in ((0.0, passing), (1.0, linear)):
+            chosen = [place for place, holds in enumerate(kinds) if holds]
+            if chosen:
+                self.gates.append((neurons[min(chosen, key=lambda place: factors[place].numel())], offset))
+                return
+
+    def keep_gates(self) -> None:
+        """Let layers and norms, but for those of the classes, know of their neurons that are gates."""
+        for numbers, offset in self.gates:
+            for call in (*self.layers, *self.norms):
+                own = torch.isin(call.neurons if isinstance(call, Layer) else call.channels, numbers)
+                if own.any() and not (call.last if isinstance(call, Layer) else call.of_last):
+                    call.gate = Gate(own, offset)
 
     def norm(self, kind: Kind, function: Callable, given: dict, result: Tensor) -> Norm | None:
         """The norm that a call is, which gave this `result`; None if what it takes is not to be written."""
@@ -171,7 +214,8 @@ class Inventory:
         if None in parts.values():
             return None
         affine = [parts[name] for name in ("weight", "bias") if name in parts]
-        frozen = bool(affine) and all(part.frozen for part in affine)  # then so are its statistics
+        of_what = [part.frozen for part in affine] or [self.layers[one].weight.frozen for one in numbers.sources - {-1}]
+        frozen = bool(of_what) and all(of_what)  # then so are its statistics
         parts |= {name: replace(parts[name], frozen=frozen) for name in STATISTICS if name in parts}
         axis = 1 if kind.axis == 1 else -len(given["normalized_shape"])
         codes = numbers.codes.movedim(axis, 0).flatten(1)[:, 0]
@@ -193,23 +237,28 @@ class Inventory:
         self.follower.number(result, numbers)
         return norm
 
-    def heads(self, logits: Tensor, neurons: Tensor, sources: frozenset[int]) -> tuple[list[Layer], float]:
-        """The layers that the `logits` are the mean of, each multiplied by what comes second.
+    def heads(self, logits: Tensor, neurons: Tensor, sources: frozenset[int], name: str) -> list[Layer]:
+        """The layers that the `logits` of a module of this `name` are the mean of, each divided by its `share`.
 
-        That is one, if they are of its neurons, or all `sources`, if they are the sum or the mean of what these give.
-        There are none if they are neither, or if one reads another: of what this is held out, it would have seen.
+        That is one, if they are of its neurons, or all `sources`, if they are a sum of what these give. There are none
+        if they are neither, or if one reads another: of what this is held out, it would have seen.
         """
         for layer in self.layers:
             if torch.equal(layer.neurons, neurons):
-                return [layer], 1.0
+                own, largest = self.vectors.get(layer.index), self.largest.get(layer.index)
+                if largest is not None and says_the_same(logits, largest) and not says_the_same(logits, own):
+                    raise Refused(f"{name}: the classes are a maximum over places of {layer.name}: take their mean")
+                layer.share = -1.0 if own is not None and fall(own, logits) else 1.0
+                return [layer]
         heads = [self.layers[index] for index in sorted(sources - {-1})]
         read = reaching(set().union(*(head.sources for head in heads)) - {-1}, self.layers)
-        if heads and not any(head.index in read or head.index not in self.vectors for head in heads):
-            total, count = sum(self.vectors[head.index] for head in heads), len(heads)
-            for share in (1 / count, 1.0):
-                if says_the_same(logits, total / (count * share)):
-                    return heads, share
-        return [], 1.0
+        vectors = [self.vectors.get(head.index) for head in heads if head.index not in read]
+        if not heads or len(vectors) < len(heads) or any(v is None or v.shape != logits.shape for v in vectors):
+            return []
+        factors = factors_of(logits, torch.stack(vectors))
+        for head, factor in zip(heads, factors, strict=False):
+            head.share = 1 / (len(heads) * factor)
+        return heads[: len(factors)]
 
     def keep_what_reaches(self, heads: list[Layer]) -> None:
         """Leave out layers on side ways, such as those that say where an image is looked at: they stay as they are."""
@@ -232,9 +281,9 @@ class Reading(CallMode):
         super().__init__()
         self.makers: dict[int, str] = {}  # by the id of a tensor: the last call of activations it is of, and its line
         self.alive: list[Tensor] = []
+        self.unfollowed: str | None = None  # the first call of a parameter and what is not known of the inputs
         self.steps: list[Step] = []
         self.heads: list[Layer] = []
-        self.share = 1.0  # what each is multiplied by, so that the classes are their mean
 
     def start(
         self, inputs: Tensor, format: InputFormat, axes: str, parameters: dict[str, Tensor],
@@ -302,6 +351,8 @@ class Reading(CallMode):
         found = None
         if numbers is not None and kind.is_norm:
             found = self.inventory.norm(kind, function, given, result)
+        elif numbers is None and weight is not None and follower.parameter(weight) and self.unfollowed is None:
+            self.unfollowed = f"{name_of(function)}{place_of()}"
         elif numbers is not None and follower.parameter(weight) and (kind.is_convolution or weight.dim() == 2):
             found = self.inventory.layer(kind, function, given, result)
         self.steps.append(Step(function, found))
@@ -347,6 +398,9 @@ class Reading(CallMode):
             shift = self.inventory.shift(kind.by_element, parameter, activations)
         self.steps.append(Step(function, shift, name or "input"))
         if shift is None:
+            factors = tuple(map(given.get, kind.arguments))
+            if kind.by_element is Gain and all(map(self.follower.numbers, factors)):
+                self.inventory.note_gate(factors)
             result = function(*args, **kwargs)
             self.follow(function, args, kwargs, result)
             return result
@@ -368,6 +422,20 @@ class Reading(CallMode):
                 return name if given.keys() == {"input", "other"} and (kind.commutes or name == "input") else None
         return None
 
+    def make_bias(self, shift: Shift, layer: Layer) -> None:
+        """Let a layer have a parameter that is added to what it gives, as `x @ w + b`, as its bias, if both are used
+        once and kept: what is added is then left out."""
+        uses = {
+            id(call): [place for place, step in enumerate(self.steps) if step.found is call] for call in (shift, layer)
+        }
+        if not all(len(places) == 1 for places in uses.values()):
+            return
+        layer.bias = shift.part.moved(self.follower.parameters[shift.name], torch.arange(layer.shape[0]))
+        self.inventory.shifts = [other for other in self.inventory.shifts if other is not shift]
+        (place,) = uses[id(shift)]
+        step = self.steps[place]
+        self.steps[place] = Step(step.function, None, rewritten=partial(as_they_are, SUM, step.activations))
+
     def finish(self, output, name: str) -> None:
         """Find the layer whose outputs are the classes in what the module, of this `name`, returns."""
         logits = logits_of(output)
@@ -380,19 +448,23 @@ class Reading(CallMode):
         numbers = self.follower.numbers(logits)
         if numbers is None:
             made = self.makers.get(id(logits), "")
-            raise Refused(f"{name}: its output{made and f', of {made},'} cannot be followed back to what it is given")
+            read = (
+                f": what {self.unfollowed} takes is of NumPy, or of compiled code"
+                if self.unfollowed and not made
+                else ""
+            )
+            raise Refused(
+                f"{name}: its output{made and f', of {made},'} cannot be followed back to what it is given{read}"
+            )
         inventory = self.inventory
         found = self.follower.neurons.numbers(numbers.codes[0])
-        self.heads, self.share = inventory.heads(logits, found, numbers.sources)
+        self.heads = inventory.heads(logits, found, numbers.sources, name)
         if not self.heads:
             made = self.makers.get(id(logits), "")
             raise Refused(
                 f"{name}: the output must be that of one layer, the classes, averaged and scaled at most, or a sum of "
                 f"such that do not read each other{made and f'; it is of {made}'}"
             )
-        only = inventory.vectors.get(self.heads[0].index) if len(self.heads) == 1 else None
-        if only is not None and fall(only, logits):
-            self.share = -self.share
         for head in self.heads:
             if head.groups > 1:
                 raise Refused(f"{name}: the classes are of {head.name}, which reads its channels in groups")
@@ -402,8 +474,16 @@ class Reading(CallMode):
         for call in (*inventory.norms, *inventory.shifts):
             call.of_last = bool(torch.isin(call.channels, classes).any())
         inventory.keep_what_reaches(self.heads)
+        inventory.keep_gates()
+        for shift, layer in inventory.biases:
+            self.make_bias(shift, layer)
         kept = {id(call) for call in inventory.all}
         self.steps = [step if id(step.found) in kept else step._replace(found=None) for step in self.steps]
+
+
+def as_they_are(kind: Kind, name: str, args: tuple, kwargs: dict) -> Tensor:
+    """The argument of this name of a call that is left out."""
+    return kind.bind(args, kwargs)[name]
 
 
 def product_by_layers(kind: Kind, weight_at: int, args: tuple, kwargs: dict) -> Tensor:
@@ -431,6 +511,23 @@ def fall(logits: Tensor, outputs: Tensor) -> bool:
     """Whether outputs [n, classes] are the larger, the smaller these logits: as of a softmin, or what is negated."""
     falling = torch.equal(outputs.argsort(1), logits.argsort(1, descending=True))
     return falling and not torch.equal(outputs.argsort(1), logits.argsort(1))
+
+
+def factors_of(logits: Tensor, vectors: Tensor) -> list[float]:
+    """What each of the vectors [heads, n, classes] is multiplied by in their sum, the logits [n, classes], with a
+    log-softmax after it or without; none if they are no such sum."""
+    count = len(vectors)
+    tried = [[1.0] * count, [1 / count] * count]
+    # A log-softmax takes a number off all classes of an image. More numbers than unknown ones: else anything is a sum.
+    if logits.numel() > count + len(logits) and logits.isfinite().all():
+        columns = torch.cat([vectors.flatten(1).T, torch.eye(len(logits)).repeat_interleave(logits.shape[1], 0)], 1)
+        tried.append(torch.linalg.lstsq(columns.double(), logits.double().view(-1, 1)).solution[:count, 0].tolist())
+    for factors in tried:
+        if min(map(abs, factors)) > 1e-3 and says_the_same(
+            logits, (torch.tensor(factors).view(-1, 1, 1) * vectors).sum(0)
+        ):
+            return factors
+    return []
 
 
 def reaching(ends: Iterable[int], layers: list[Layer]) -> set[int]:

@@ -23,12 +23,12 @@ class DoubtfulWeights(UserWarning):
 
 
 @torch.no_grad()
-def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent: float) -> str | None:
+def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent: float | None) -> str | None:
     """What is wrong with the network of a graph, as labelled images show, with the layer where it is; else None.
 
     The network runs as it is, so what its forward pass makes of the written weights shows as well. `right_percent` is
-    what its last layer's features foretell of images that it has not seen; no better than to say always what most of
-    them are is chance, and it is to get right as many of these.
+    what its last layer's features foretell of images that it has not seen, None if that layer is frozen; no better than
+    to say always what most of them are is chance, and it is to get right as many of these.
     """
     outputs: dict[int, Tensor] = {}
     uses: dict[int, int] = {}
@@ -48,6 +48,7 @@ def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent
             return f"{called(layer)}: gives NaN or infinite values of the images"
         if is_dead(layer, outputs[layer.index], len(images)):
             return f"{called(layer)}: is dead: it lets nothing pass of any of the images"
+    right_percent = right if right_percent is None else right_percent
     guessed = 100 * labels.bincount().max().item() / len(labels)
     clearly_more = guessed + 3 * math.sqrt(guessed * (100 - guessed) / len(labels))
     foretold = right_percent - max(CLEARLY, 3 * math.sqrt(right_percent * (100 - right_percent) / len(labels)))
@@ -58,10 +59,13 @@ def doubt(graph: ComputationGraph, images: Tensor, labels: Tensor, right_percent
         graph.layers,
         key=lambda layer: (-uses[layer.index], separation(layer, outputs[layer.index], labels)),
     )
-    right = min(right, right_percent)
+    if right_percent > clearly_more and uses[worst.index] == 1:
+        reason = f"what reaches its last layer foretells {right_percent:.0f} %, but not what it makes of that"
+    else:
+        reason = f"{called(worst)} tells the classes apart least"
     return (
-        f"{right:.0f} % of the images held out are right, and {guessed:.0f} % where their most frequent class is "
-        f"always said: do not rely on these weights; {called(worst)} tells the classes apart least"
+        f"{min(right, right_percent):.0f} % of the images held out are right, and {guessed:.0f} % where their most "
+        f"frequent class is always said: do not rely on these weights; {reason}"
     )
 
 
@@ -108,7 +112,7 @@ def lost(
         return None
     return (
         f"{right_percent:.0f} % of the images held out are right, and {told[name]:.0f} % by a regression on what "
-        f"{name} gives place by place, of which means are read: train on from these weights"
+        f"{name} gives place by place, of which means or single places are read: train on from these weights"
     )
 
 

@@ -118,13 +118,13 @@ def write(
     for name in graph.written:
         state[name].copy_(written.get(name, torch.ones(())))  # of batches, a norm has seen one
     held_out = (data.sample.folds == HELD_OUT).nonzero()[:, 0]
-    if writing.held_out_percent is not None:
+    if len(held_out):
         used = (data.sample.folds != HELD_OUT).nonzero()[:, 0]
         images, labels = data.sample.images, torch.tensor(data.present, device=device)[data.sample.labels]
         parts = held_out[: chunk_size(graph, data.shape, ROOM, LOOKED_AT)], used[:LOST_BY], held_out[:LOST_OF]
         looked_at, by, of = ((images[part], labels[part]) for part in parts)
         doubtful = doubt(graph, *looked_at, writing.held_out_percent)
-        if doubtful is None:
+        if doubtful is None and writing.held_out_percent is not None:
             doubtful = lost(graph, by, of, writing.held_out_percent)
         if doubtful is not None:
             warnings.warn(doubtful, DoubtfulWeights, stacklevel=3)  # past no_grad
@@ -255,8 +255,8 @@ class Writing:
             self.held_out_percent = 100 * (self.logits.argmax(1) == labels).double().mean().item()
         present = torch.tensor(self.data.present)
         weight, bias = regression.weight.new_zeros(layer.shape), regression.bias.new_zeros(layer.shape[0])
-        weight.view(layer.shape[0], -1)[present] = self.graph.share * regression.weight.T
-        bias[present] = self.graph.share * regression.bias
+        weight.view(layer.shape[0], -1)[present] = layer.share * regression.weight.T
+        bias[present] = layer.share * regression.bias
         if intercept and layer.activation and Activation(layer).is_flatter_below:  # as where SqueezeNet ends
             bias = bias - layer(inputs, weight.view(layer.shape), bias).min().clamp(max=0)
         return weight, bias, torch.zeros_like(bias)

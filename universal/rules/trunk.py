@@ -20,6 +20,9 @@ from universal.rules.numbers import BY_HAND, Numbers
 from universal.rules.windows import PART, Filters, in_parts
 
 ENOUGH = 2**22  # activations for the statistics of a norm
+# What activations are multiplied by changes them little: the product of two that say something of an image, each as
+# much, says less than either.
+GATED = 0.2
 
 
 class Trunk:
@@ -86,11 +89,18 @@ class Trunk:
         some = inputs if len(self.images) == probes else next(in_parts(inputs, len(self.images), probes))[0]
         *new, responses = self.learned.of(layer, some, given)
         self.put(layer, *new)
-        as_is = some is inputs and not (layer.bias and layer.bias.frozen)
+        as_is = some is inputs and layer.gate is None and not (layer.bias and layer.bias.frozen)
         return responses if as_is else layer.of(self.weights, inputs)
 
     def put(self, layer: Layer, weight: Tensor, bias: Tensor | None, means: Tensor) -> None:
         """Let a layer have this weight and bias, and so the mean responses `means`."""
+        gate = layer.gate
+        if gate is not None and (layer.bias or not gate.offset):
+            weight = gate.damped(weight, GATED)
+            bias, means = (
+                values if values is None else gate.damped(values, GATED) + gate.offset * gate.neurons.to(values)
+                for values in (bias, means)
+            )
         layer.weight.put(self.written, bounded(weight.view(layer.shape)), self.own)
         if layer.bias:
             layer.bias.put(self.written, bounded(bias), self.own)
@@ -133,6 +143,8 @@ def norm_parameters(norm: Norm, inputs: Tensor, means: Tensor, weights: dict[str
     else:
         own = frozen.get("weight")
         scale = torch.rsqrt(spread + 1e-2) if own is None else own.reshape(len(mean), -1).mean(1)
+        if own is None and norm.gate is not None and not norm.gate.offset:
+            scale = norm.gate.damped(scale, GATED)
         parameters |= {"weight": scale, "bias": bounded(means.clamp(-1, 1) - shift * scale)}
     if norm.places:
         for name in ("weight", "bias"):
