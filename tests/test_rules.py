@@ -298,7 +298,9 @@ def test_rules_alone_write_what_reads_windows_and_tokens_too(name, request, monk
     request.getfixturevalue("by_rules")
     network = synthesize(made(name), *images(), seed=0)
     same = torch.equal(*(next(each.parameters()) for each in (network, learned)))
-    assert same == (name in ("patches", "einsum"))  # of tokens nothing is learned
+    assert same == (
+        name in ("patches", "einsum", "MultiheadAttention", "attention by hand")
+    )  # nothing is learned of tokens
     assert all(tensor.isfinite().all() for tensor in network.state_dict().values())
     assert accuracy_percent(network) > LEAST[name] - 5
 
@@ -1162,7 +1164,7 @@ def test_in_learned_networks_rules_write_tokens_and_what_is_read_as_means_over_p
     write(network, *images(), seed=0)
     assert not written
     write(made("MultiheadAttention"), *images(), seed=0)
-    assert {*written} == {"attention.in_proj_weight", "attention.out_proj", "up", "down"}
+    assert {*written} == {"embed", "attention.in_proj_weight", "attention.out_proj", "up", "down"}
 
 
 class AttentionPooling(nn.Module):
@@ -1246,7 +1248,7 @@ def test_a_branch_after_the_head_of_another_is_written_as_that_is():
             return sum(branch(x) for branch in self.branches) / 2
 
     graph = ComputationGraph(Ensemble(), images()[0][:2])
-    assert graph.share == 1.0
+    assert [head.share for head in graph.heads] == [1.0, 1.0]
     assert trunk_end(graph).name == "branches.1.6"  # the dense layer behind the last convolution
 
 
@@ -1466,6 +1468,21 @@ def test_a_bias_by_hand_is_that_of_a_layer(unbalanced):
     for own, other in ((hand.shift, usual.first), (hand.more, usual.second), (hand.classes, usual.third)):
         torch.testing.assert_close(own.flatten(), other.bias)
         assert own.abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [lambda h, own: h.mul_(own.gain), lambda h, own: h.relu_(), lambda h, own: h.add_(own.first), lambda h, own: 2 * h],
+    ids=["gain", "relu", "another shift", "twice"],
+)
+def test_what_is_added_to_more_than_a_layer_gives_is_none_of_its_bias(changed):
+    network = Forward(
+        lambda own, x: own.out((changed(x.flatten(1) @ own.matrix, own) + own.shift).sigmoid()),
+        matrix=nn.Parameter(torch.randn(SIDE**2, 20)), shift=nn.Parameter(torch.zeros(20)),
+        gain=nn.Parameter(torch.ones(20)), first=nn.Parameter(torch.zeros(20)), out=nn.Linear(20, 10),
+    )  # fmt: skip
+    graph = ComputationGraph(network, images()[0][:2])
+    assert "shift" in [shift.name for shift in graph.shifts] and accuracy_percent(synthesize(network, *images())) > 60
 
 
 def test_a_bias_that_two_layers_share_stays_a_shift():

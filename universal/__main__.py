@@ -123,8 +123,8 @@ def main() -> None:
                 accounts = write_from(network, images.train.to(options.device).loader(), seed=seed)
             seconds = time.perf_counter() - start
         if rank == 0:
-            path = save(network, seed, options, images)  # before it is scored, so that it is not lost
             with blaming(options):
+                path = save(network, seed, options, images)  # before it is scored, so that it is not lost
                 report(network, seed, options, images, accounts, seconds)
             for warning in doubts:
                 print(f"{options.model}: {warning.message}", file=sys.stderr)

@@ -67,6 +67,7 @@ class Inventory:
         self.largest: dict[int, Tensor] = {}  # likewise, the maximum over places
         self.norms: list[Norm] = []
         self.shifts: list[Shift] = []
+        self.givers: dict[int, Layer] = {}  # which layer gave a tensor, by its id
         self.biases: list[tuple[Shift, Layer]] = []  # what may be the bias of a layer that has none
         self.gates: list[tuple[Tensor, float]] = []  # the numbers of neurons that others are multiplied by, the offset
 
@@ -107,6 +108,7 @@ class Inventory:
             if all(layer is not reader for reader in self.layers[source].readers):
                 self.layers[source].readers.append(layer)
         self._number(kind, layer, numbers, result)
+        self.givers[id(result)] = layer
         return layer
 
     def _number(self, kind: Kind, layer: Layer, read: Numbers, result: Tensor) -> None:
@@ -167,13 +169,15 @@ class Inventory:
             axis, codes, places = lies
             neurons = self.follower.neurons.numbers(codes)
             shift = by_element(part.name, part, neurons, axis, places, tuple(parameter.shape), numbers.sources)
-            self.shifts.append(shift)
-            curves = [(self.layers[index], curve) for index, curve in self.curves.of(activations).items()]
-            if by_element is Shift and places is None and len(curves) == 1:
-                ((layer, curve),) = curves
-                is_direct = curve is not None and torch.equal(curve, identity()) and not layer.normalised
-                if is_direct and layer.bias is None and torch.equal(layer.neurons, neurons):
+            layer = self.givers.get(id(activations))
+            if by_element is Shift and places is None and layer is not None and layer.bias is None:
+                # What it gave may have been changed in place.
+                curves, others = [*self.curves.of(activations).values()], (other.channels for other in self.shifts)
+                as_given = len(curves) == 1 and curves[0] is not None and torch.equal(curves[0], identity())
+                shifted = any(torch.isin(channels, neurons).any() for channels in others)
+                if as_given and not shifted and torch.equal(neurons, layer.neurons):
                     self.biases.append((shift, layer))
+            self.shifts.append(shift)
         if shift is not None:
             shift.sources |= numbers.sources
         return shift
