@@ -1443,6 +1443,13 @@ def test_heads_are_written_by_what_each_is_multiplied_by(joined):
     assert accuracy_percent(synthesize(network, *images(), seed=0)) > 75
 
 
+@pytest.mark.parametrize("join", [lambda own, x: own.a(x).double(), lambda own, x: (own.a(x) + own.b(x)).double()])
+def test_classes_may_be_of_another_precision(join):
+    parts = {name: nn.Linear(SIDE**2, 10) for name in "ab"}
+    network = Forward(lambda own, x: join(own, x.flatten(1)), **parts)
+    assert accuracy_percent(synthesize(network, *images(), seed=0)) > 70
+
+
 def test_a_bias_by_hand_is_that_of_a_layer(unbalanced):
     def shape(*sizes):
         return nn.Parameter(torch.randn(sizes))

@@ -504,7 +504,8 @@ def bias_apart(kind: Kind, function: Callable, args: tuple, kwargs: dict) -> Ten
 
 
 def says_the_same(output: Tensor, logits: Tensor) -> bool:
-    """Whether an output is these logits, or their log-softmax."""
+    """Whether an output is these logits, or their log-softmax, in whatever precision."""
+    output, logits = output.float(), logits.float()
     return any(
         output.shape == each.shape and torch.allclose(output, each, rtol=1e-4, atol=1e-6)
         for each in (logits, logits.log_softmax(-1))
