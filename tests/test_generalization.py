@@ -162,7 +162,7 @@ def checkpoint_plus_noise(recorded, data):
 
 def fresh_training(recorded, data):
     """A model that trains a CNN from its input."""
-    images = load_mnist("train", REPOSITORY / "data")[:3000]
+    images = load_mnist("train", REPOSITORY / "data")[:2000]
 
     def train(weights):
         with torch.inference_mode(False), torch.enable_grad():

@@ -61,7 +61,7 @@ def test_one_step_from_one_init_is_drawn_without_a_second(tmp_path):
 def test_the_four_roads_are_drawn_from_what_was_measured(tmp_path, monkeypatch):
     small = {
         "IMAGES": 200, "TEST": 200, "STEPS": (1, 3), "ROUNDED": ("MLP 784-16-10",), "FAMILIES": {"mlp": 1, "rows": 1},
-        "KINDS": {"mnist": roads.KINDS["mnist"]}, "HELD_OUT_KINDS": {},
+        "KINDS": {"mnist": roads.KINDS["mnist"]}, "HELD_OUT_KINDS": {}, "RATES": (0.001,),
     }  # fmt: skip
     for name, value in small.items():
         monkeypatch.setattr(roads, name, value)
