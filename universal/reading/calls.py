@@ -114,7 +114,7 @@ class Layer:
     normalised: bool = False  # whether a norm follows before the next layer
     pooled: bool = False  # whether maps or tokens were reduced to one place before it
     readers: list["Layer"] = field(default_factory=list, repr=False)  # the layers that its outputs reach
-    gate: Gate | None = None  # where activations are multiplied by what it gives
+    gate: Gate | None = None  # its neurons that activations are multiplied by
 
     @property
     def parts(self) -> list[Part]:
@@ -223,7 +223,7 @@ class Norm:
     by_inputs: str  # the argument that says to take the statistics of the inputs
     sources: frozenset[int]  # as a layer's
     of_last: bool = False  # whether it standardises the classes
-    gate: Gate | None = None  # where activations are multiplied by what it gives
+    gate: Gate | None = None  # its neurons that activations are multiplied by
 
     @property
     def parts(self) -> list[Part]:

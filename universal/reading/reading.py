@@ -184,7 +184,7 @@ class Inventory:
 
     def note_gate(self, factors: tuple[Tensor, Tensor]) -> None:
         """Of two activations that are multiplied by each other one may be a gate: what is not 0 where the layer behind
-        it gives 0, as of a sigmoid, or else what is linear beside what is not. Of both, it is the smaller one."""
+        it gives 0, as of a sigmoid, or else what is linear. Of both, it is the smaller one."""
         neurons, curves = [], []
         for factor in factors:
             found = self.follower.neurons.numbers(self.follower.numbers(factor).codes.unique())
