@@ -1566,6 +1566,12 @@ def test_gates_are_neurons_of_which_others_are_multiplied():
     assert gates(lambda own, x: own.out(own.one(x.flatten(1)) / (1 + own.two(x.flatten(1)) ** 2)), **both) == {}
     assert gates(lambda own, x: own.one(x.flatten(1)) * x.mean(), one=nn.Linear(SIDE**2, 10)) == {}
 
+    def outer(own, x):
+        x = x.flatten(1)
+        return own.wide((own.one(x).relu()[:, :, None] * own.two(x).softmax(1)[:, None]).flatten(1))
+
+    assert gates(outer, one=one, two=two, wide=nn.Linear(4, 10)) == {}
+
 
 def test_a_frozen_last_layer_that_nothing_was_fitted_to_is_warned_of():
     network = dense(nn.ReLU())

@@ -184,13 +184,17 @@ class Inventory:
 
     def note_gate(self, factors: tuple[Tensor, Tensor]) -> None:
         """Of two activations that are multiplied by each other one may be a gate: what is not 0 where the layer behind
-        it gives 0, as of a sigmoid, or else what is linear. Of both, it is the smaller one."""
+        it gives 0, as of a sigmoid, or else what is linear. Of both, it is the smaller one. Of an outer product, as of
+        clusters and channels, none is."""
+        codes = [self.follower.numbers(factor).codes for factor in factors]
         neurons, curves = [], []
-        for factor in factors:
-            found = self.follower.neurons.numbers(self.follower.numbers(factor).codes.unique())
+        for own, factor in zip(codes, factors, strict=True):
+            found = self.follower.neurons.numbers(own.unique())
             neurons.append(torch.zeros(0) if found is None else found[found > 0])
             curves.append(list(self.curves.of(factor).values()))
         if not all(map(len, [*neurons, *curves])) or torch.isin(*neurons).any():
+            return
+        if self.follower.neurons.lie_across(*torch.broadcast_tensors(*codes)):
             return
         passing = [any(curve is None or curve[len(curve) // 2].abs() > 0.1 for curve in known) for known in curves]
         linear = [all(curve is not None and torch.equal(curve, identity()) for curve in known) for known in curves]
