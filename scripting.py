@@ -77,10 +77,8 @@ def run_script(main: Callable[[], None]) -> None:
         except UserError as error:
             print(f"{program()}: error: {error}", file=sys.stderr)
             sys.exit(2)
-        except BrokenPipeError:
-            raise
         except OSError as error:  # such as a directory that nobody may enter
-            if error.filename is None:
+            if error.filename is None:  # as of a pipe that nobody reads
                 raise
             print(f"{program()}: error: {error.filename}: {error.strerror}: choose another path", file=sys.stderr)
             sys.exit(2)

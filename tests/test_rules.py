@@ -1601,21 +1601,18 @@ def test_loading_what_was_learned_draws_nothing():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_what_says_where_an_image_is_looked_at_stays():
-    class Looking(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.where, self.theta = nn.Linear(SIDE**2, 6), nn.Parameter(torch.tensor([1.0, 0, 0, 0, 1, 0]))
-            self.out = nn.Linear(SIDE**2, 10)
-            nn.init.zeros_(self.where.weight)
-            nn.init.zeros_(self.where.bias)
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_says_where_an_image_is_looked_at_stays(by_hand):
+    def looking(own, x):
+        theta = (x.flatten(1) @ own.matrix if by_hand else own.where(x.flatten(1))) + own.theta
+        grid = F.affine_grid(theta.view(-1, 2, 3), list(x.shape), align_corners=False)
+        return own.out(F.grid_sample(x, grid, align_corners=False).flatten(1))
 
-        def forward(self, x):
-            theta = (self.where(x.flatten(1)) + self.theta).view(-1, 2, 3)
-            grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-            return self.out(F.grid_sample(x, grid, align_corners=False).flatten(1))
-
-    network = Looking()
+    where = {"matrix": nn.Parameter(torch.zeros(SIDE**2, 6))} if by_hand else {"where": nn.Linear(SIDE**2, 6)}
+    theta = nn.Parameter(torch.tensor([1.0, 0, 0, 0, 1, 0]))
+    network = Forward(looking, **where, theta=theta, out=nn.Linear(SIDE**2, 10))
+    for parameter in where.values() if by_hand else where["where"].parameters():
+        nn.init.zeros_(parameter)
     accounts = write(network, *images(), seed=0)
-    assert accounts.left == ["theta", "where.weight", "where.bias"]
+    assert {*accounts.written} == {"out.weight", "out.bias"}
     assert network.theta.tolist() == [1, 0, 0, 0, 1, 0] and accuracy_percent(network) > 70

@@ -814,7 +814,7 @@ def test_a_network_is_initialised():
     assert torch.equal(network[0].bias, bias) and (network[1].weight == 1).all()
 
 
-def test_the_prior_is_tried_on_everything(tmp_path, monkeypatch, capsys, small_corpus, digits):
+def test_the_prior_is_tried_on_everything(tmp_path, monkeypatch, small_corpus, digits):
     scorer_of_it = scorer.Scorer(["one", "two", HELD_OUT[0]])
     networks = {"small": SmallNetwork, "10 convolutions": prior.deep_convolutions}
     small = {"load_scorer": lambda: scorer_of_it, "GENERATED_SIDE": 20, "NETWORKS": networks,

@@ -433,14 +433,12 @@ class Reading(CallMode):
     def make_bias(self, shift: Shift, layer: Layer) -> None:
         """Let a layer have a parameter that is added to what it gives, as `x @ w + b`, as its bias, if both are used
         once and kept: what is added is then left out."""
-        uses = {
-            id(call): [place for place, step in enumerate(self.steps) if step.found is call] for call in (shift, layer)
-        }
-        if not all(len(places) == 1 for places in uses.values()):
+        uses = [[place for place, step in enumerate(self.steps) if step.found is call] for call in (layer, shift)]
+        if [len(places) for places in uses] != [1, 1] or all(layer is not kept for kept in self.inventory.layers):
             return
         layer.bias = shift.part.moved(self.follower.parameters[shift.name], torch.arange(layer.shape[0]))
         self.inventory.shifts = [other for other in self.inventory.shifts if other is not shift]
-        (place,) = uses[id(shift)]
+        (place,) = uses[1]
         step = self.steps[place]
         self.steps[place] = Step(step.function, None, rewritten=partial(as_they_are, SUM, step.activations))
 

@@ -68,15 +68,21 @@ def with_tuning(synthesizer: GraphWeightSynthesizer) -> GraphWeightSynthesizer:
     return tunable
 
 
-def written(synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, seed: int, known: Dataset) -> Logits | None:
-    """A copy of the network, written from what is `known` and the random init of `seed`; None if it cannot be."""
+def rewritten(synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, seed: int, known: Dataset) -> Logits:
+    """A copy of the network, written from what is `known` and the random init of `seed`. Raises ValueError as `write`
+    does."""
     network = Logits(graph, copy.deepcopy(graph.module))  # what is left at its init must stay, whatever a reward does
-    try:
-        with apart(), warnings.catch_warnings(action="ignore", category=DoubtfulWeights):
-            write(network.module, *known, seed=seed, limit=len(known.labels), synthesizer=synthesizer)
-    except ValueError:  # responses so large, or so alike, that no regression can be solved
-        return None
+    with apart(), warnings.catch_warnings(action="ignore", category=DoubtfulWeights):
+        write(network.module, *known, seed=seed, limit=len(known.labels), synthesizer=synthesizer)
     return in_fastest_layout(network, known.images[:2])
+
+
+def written(synthesizer: GraphWeightSynthesizer, graph: ComputationGraph, seed: int, known: Dataset) -> Logits | None:
+    """The same; None if it cannot be: responses are so large, or so alike, that no regression can be solved."""
+    try:
+        return rewritten(synthesizer, graph, seed, known)
+    except ValueError:
+        return None
 
 
 @torch.no_grad()

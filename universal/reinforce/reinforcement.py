@@ -1,7 +1,6 @@
 """Reinforcement: a search for the few numbers with which a synthesiser writes the networks of the highest reward."""
 
 import argparse
-import copy
 import math
 import random
 from statistics import fmean
@@ -12,20 +11,19 @@ from torch import Tensor
 
 from scripting import UserError
 from universal.builders import load_builder
-from universal.data.labelled import apart
 from universal.data.splits import shuffled, split_images
 from universal.model.synthesizer import GraphWeightSynthesizer
 from universal.reinforce.candidates import (
     draw_trials,
     graph_of,
     random_network,
+    rewritten,
     try_candidate,
     with_tuning,
     written,
 )
 from universal.reinforce.rewards import load_reward, score_after
 from universal.reinforce.search import CovarianceSearch
-from universal.rules.synthesis import write
 
 MAKER = "python -m universal.reinforce"
 SIDES = (16, 64)  # of images that random architectures take
@@ -68,8 +66,7 @@ class Reinforcement:
         try:
             self.reported = graph_of(network, data)
             # Of candidates it only counts against them if nothing can be written.
-            with apart():
-                write(copy.deepcopy(network), *self.known, limit=count, synthesizer=self.synthesizer)
+            rewritten(self.synthesizer, self.reported, options.seed, self.known)
         except ValueError as error:
             raise UserError(f"--model {options.model}: {error}") from error
         self.step, self.seconds = 0, 0.0

@@ -22,7 +22,7 @@ from universal.rules.windows import PART, Filters, in_parts
 ENOUGH = 2**22  # activations for the statistics of a norm
 # What activations are multiplied by changes them little: the product of two that say something of an image, each as
 # much, says less than either.
-GATED = 0.2
+GATED = 0.1
 
 
 class Trunk:
