@@ -299,7 +299,7 @@ def test_numbers_that_are_pixels_are_kept_as_bytes_and_others_as_they_are(tmp_pa
     pixels = content["images"]
     for values in (pixels.astype(np.float64), pixels.astype(np.int32), pixels.astype(np.uint16)):
         found = load_images(saved(tmp_path / "a.npz", content | {"images": values}))
-        assert torch.equal(found.train.pixels[:, 0], torch.tensor(pixels))
+        assert found.train.pixels.dtype == torch.uint8 and torch.equal(found.train.pixels[:, 0], torch.tensor(pixels))
     found = load_images(saved(tmp_path / "a.npz", content | {"images": pixels / 300 - 0.5}))
     assert found.train.pixels.dtype == torch.float32
     torch.testing.assert_close(found.train.mean, torch.tensor([pixels.mean() / 300 - 0.5], dtype=torch.float32))

@@ -1433,6 +1433,19 @@ def test_a_forward_pass_that_changes_its_images_changes_a_copy():
     assert torch.equal(given, images()[0])
 
 
+@pytest.mark.parametrize(
+    "flat",
+    [lambda x: x.view(len(x), np.prod(x.shape[1:])), lambda x: x.view_as(x.flatten(1))],
+    ids=["NumPy", "view_as"],
+)
+def test_views_are_taken_of_maps_in_whatever_layout(flat):
+    network = Forward(lambda own, x: own.out(flat(own.conv(x))), conv=nn.Conv2d(3, 4, 3), out=nn.Linear(576, 10))
+    given = torch.randn(4, 3, SIDE, SIDE)
+    graph = ComputationGraph(network, given)
+    found = graph.run(given.to(memory_format=torch.channels_last), {})
+    torch.testing.assert_close(found, network(given))
+
+
 @pytest.mark.parametrize("last", [nn.Softmin(1), lambda x: -x, lambda x: 1 - x.sigmoid()])
 def test_where_the_smallest_is_the_answer_the_classes_are_written_so(last):
     network = Forward(lambda own, x: last(own.out(x.flatten(1))), out=nn.Linear(SIDE**2, 10))

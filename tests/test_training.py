@@ -235,7 +235,7 @@ def test_processes_that_would_go_on_from_different_steps_are_refused(state, monk
     }.items():
         monkeypatch.setattr(dist, name, value)
     with pytest.raises(UserError, match="not the same on all machines: copy it to each, or delete it"):
-        run_to_end(state(), "the command")
+        run_to_end(state("--steps", 1), "the command")
 
 
 def test_a_killed_training_goes_on_bit_for_bit(tmp_path, trained, start, refusal, capsys):
