@@ -39,7 +39,7 @@ from universal.rules.activation import Activation
 from universal.rules.looking import DoubtfulWeights
 from universal.rules.moments import STRENGTHS, Regression, Sums
 from universal.rules.numbers import Numbers
-from universal.rules.refitting import ReadOut, refitted
+from universal.rules.refitting import ROUNDS, ReadOut, refitted
 from universal.rules.selection import forward_selection
 from universal.training.blocks import Gate, Sum
 
@@ -717,6 +717,24 @@ def test_neurons_are_refitted_by_all_images_but_those_held_out(count, parted, mo
     assert judging.any() == parted and not (known & judging).any()
 
 
+@pytest.mark.parametrize(("neurons", "count", "rounds"), [(8, 1600, 16), (8, 3200, 30), (64, 1600, ROUNDS)])
+def test_few_neurons_are_refitted_more_often_from_many_images(neurons, count, rounds, monkeypatch):
+    refitted, seen = universal.rules.dense.refitted, []
+
+    def recorded(*arguments) -> tuple[Tensor, Tensor]:
+        *_, solved, _, _, rounds = arguments
+        seen.append((rounds, solved.strength.item()))
+        return refitted(*arguments)
+
+    monkeypatch.setattr("universal.rules.dense.refitted", recorded)
+    network = of_features(nn.Linear(SIDE**2, neurons), nn.Sigmoid(), features=neurons)
+    write(network, *images(count=count), seed=0)
+    monkeypatch.setattr("universal.rules.dense.MOST_ROUNDS", ROUNDS)
+    write(network, *images(count=count), seed=0)
+    (found, strength), (_, usual) = seen
+    assert found == pytest.approx(rounds, abs=1) and strength == pytest.approx(usual * found / ROUNDS)
+
+
 def test_what_is_constant_gives_no_direction_and_is_not_scaled_up():
     torch.manual_seed(0)
     rows = torch.randn(200, 5)
@@ -756,8 +774,9 @@ def test_what_several_places_say_is_refitted():
         weight, offset, _ = read_out.fit(one_hot, None)
         return F.cross_entropy(read_out.neurons @ weight + offset, labels).item()
 
-    found = refitted(*start, activation, features, one_hot, sums.solver(True)(0.5), torch.ones(6), 0.1)
-    assert loss(*found) < 0.8 * loss(*start)
+    given = activation, features, one_hot, sums.solver(True)(0.5), torch.ones(6), 0.1
+    found = refitted(*start, *given)
+    assert loss(*refitted(*start, *given, 20)) < 0.99 * loss(*found) < 0.8 * loss(*start)
 
 
 def test_nothing_is_learned_of_networks_of_tokens():

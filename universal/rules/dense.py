@@ -19,10 +19,11 @@ from universal.rules.features import Chunk
 from universal.rules.filters import first_axes
 from universal.rules.moments import Moments
 from universal.rules.numbers import Numbers
-from universal.rules.refitting import refitted
+from universal.rules.refitting import ROUNDS, refitted
 from universal.rules.selection import forward_selection
 
 TIMES, FEWEST, MOST = 6, 1000, 2500  # candidates: so many times the neurons, within bounds
+PLENTY, MOST_ROUNDS = 10, 30  # images of each neuron for a round of refitting, and how many pay
 AMONG = 8  # images of which the nearest makes a pair
 LEAST_SPREAD = 1e-2  # of responses, of what theirs were if the features were independent: below it is rounding
 
@@ -135,9 +136,11 @@ def dense_layer(
     wanted = F.one_hot(judging.labels, classes).to(weight)
     kept = forward_selection(activation(F.linear(judging.features, weight, bias)), wanted, count)
     kept = kept[torch.arange(count, device=kept.device) % len(kept)]
-    solved = moments.ridge_of_all(numbers.strength)
+    # From many images few neurons come further by more rounds, if each is the smoother.
+    rounds = min(max(ROUNDS, len(images.labels) // (PLENTY * count)), MOST_ROUNDS)
+    solved = moments.ridge_of_all(numbers.strength * rounds / ROUNDS)
     rows, one_hot = images.features[:, None], F.one_hot(images.labels, classes).to(deviation)
-    return refitted(weight[kept], bias[kept], activation, rows, one_hot, solved, deviation, numbers.damping)
+    return refitted(weight[kept], bias[kept], activation, rows, one_hot, solved, deviation, numbers.damping, rounds)
 
 
 def thresholds(

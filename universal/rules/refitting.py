@@ -37,7 +37,7 @@ class ReadOut:
 
 def refitted(
     weight: Tensor, bias: Tensor, activation: Activation, features: Tensor, one_hot: Tensor, solved: Solved,
-    deviation: Tensor, damping: float,
+    deviation: Tensor, damping: float, rounds: int = ROUNDS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Neurons moved by ridge regression onto what each should answer differently, given a read-out of their means over
     places.
@@ -59,7 +59,7 @@ def refitted(
         return loss, weight, bias, before, found
 
     now, step = state(weight, bias, None), 2.0
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         loss, weight, bias, before, (outgoing, offset, errors) = now
         slope = activation.slope(before)
         mean = slope.mean(1)
