@@ -66,7 +66,7 @@ def refitted(
         curvature = (mean.T @ mean / len(mean)) * (outgoing @ outgoing.T) / 4
         curvature.diagonal().add_(damping * curvature.diagonal().mean() + 1e-12)
         change = ((errors @ outgoing.T)[:, None] * slope).flatten(0, 1)
-        change = torch.cholesky_solve(change.T, torch.linalg.cholesky(curvature)).T
+        change = change @ torch.cholesky_inverse(torch.linalg.cholesky(curvature))  # of many rows faster than solving
         turn = (solved.regress(rows, change - change.mean(0)) / deviation[:, None]).T
         shift = change.mean(0) - turn @ centre
         while step > 0.05:
