@@ -33,7 +33,7 @@ JUDGES = 1500  # images by which it is chosen how layers before dense ones are w
 ALIKE = 0.02  # a share of the loss, within which the learned ones are taken
 LOOKED_AT = 100  # images held out that a written network is looked at with
 LOST_OF, LOST_BY = 400, 1000  # those by which it is told what it loses, and others from which its layers know that
-FIRST, FIRST_TO_CHOOSE = 600, 2400  # images that all but dense layers are written from; some by what the labels say
+FIRST, FIRST_TO_CHOOSE = 600, 6000  # images that all but dense layers are written from; some by what the labels say
 ENOUGH_TO_PART = 250  # images in each part of what hidden dense layers are made from
 ROOM = 2**26  # elements that a layer gives of the images that are written from
 
