@@ -265,7 +265,20 @@ class WideAndDeep(nn.Module):
         return self.wide(x.flatten(1)) + self.deep(x)
 
 
-@pytest.mark.parametrize("build", [lambda: cnn([8, 16], 48), WideAndDeep])
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network, self.scale, self.shift = (
+            cnn([8, 16], 48),
+            nn.Parameter(torch.ones(10)),
+            nn.Parameter(torch.ones(10)),
+        )
+
+    def forward(self, x):
+        return self.scale * self.network(x) + self.shift
+
+
+@pytest.mark.parametrize("build", [lambda: cnn([8, 16], 48), WideAndDeep, Scaled])
 def test_steep_logits_are_flattened_and_choose_the_same_class(train_digits, digits, monkeypatch, build):
     monkeypatch.setattr("universal.model.balance.STEEP", 1.0)
     network = synthesize(build(), *train_digits[:300], seed=0)

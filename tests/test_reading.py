@@ -785,6 +785,22 @@ def test_rows_and_dense_layers_are_no_windows():
     assert ComputationGraph(Attention()).layers[0].window is None  # of 28 pixels, too wide to be told apart
 
 
+class Mixed(nn.Module):
+    """Whose second linear layer has a weight that is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.weight, self.out = nn.Linear(784, 8), nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.out(F.linear(self.first(x.flatten(1)).relu(), 2 * self.weight).relu())
+
+
+def test_what_a_computed_weight_mixes_is_other_neurons():
+    graph = ComputationGraph(Mixed())
+    assert graph.left == ["weight"] and not torch.isin(graph.last.channels, graph.layers[0].neurons).any()
+
+
 # ---- what cannot be read --------------------------------------------------------------------------------------------
 
 
