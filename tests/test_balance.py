@@ -268,11 +268,8 @@ class WideAndDeep(nn.Module):
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()
-        self.network, self.scale, self.shift = (
-            cnn([8, 16], 48),
-            nn.Parameter(torch.ones(10)),
-            nn.Parameter(torch.ones(10)),
-        )
+        self.network = cnn([8, 16], 48)
+        self.scale, self.shift = (nn.Parameter(torch.ones(10)) for _ in range(2))
 
     def forward(self, x):
         return self.scale * self.network(x) + self.shift
